@@ -1,0 +1,8 @@
+"""The one exception that is the user's to mend."""
+
+
+class BadInput(Exception):
+    """A wrong flag, config, file, checkpoint or device count.
+
+    Its message is one line that names what is wrong, where, and the mend. `launch.py` prints it and exits with 2.
+    """
