@@ -1,0 +1,53 @@
+"""Lengths, schedules and weight decay: what optax does not have in one line.
+
+Adam and its kin come straight from optax: `optax.adamw(schedule, weight_decay=0.05, mask=decay_mask)`.
+"""
+
+import math
+
+import jax
+import optax
+
+from jaxcompute.core import PyTree, Run
+from jaxcompute.errors import BadInput
+
+
+def total_steps(config: Run, size: int) -> int:
+    """Optimizer steps of a run over `size` examples: `steps`, or enough for `epochs`.
+
+    Raises:
+        BadInput: a length or batch size that is not positive.
+    """
+    if config.batch_size < 1:
+        raise BadInput(f"--config.batch_size={config.batch_size}: give 1 or more")
+    if config.steps < 0:
+        raise BadInput(f"--config.steps={config.steps}: give 1 or more, or 0 to go by --config.epochs")
+    if config.steps:
+        return config.steps
+    if not 0 < config.epochs < math.inf:
+        raise BadInput(f"--config.epochs={config.epochs}: give a positive number, or set --config.steps")
+    batches = config.epochs * size / config.batch_size
+    return max(1, math.ceil(batches - 1e-6))  # 1.1 * 100 / 10 is 11.000000000000002, which is 11 batches
+
+
+def warmup_cosine(peak: float, steps: int, warmup_steps: int, end: float = 0.0) -> optax.Schedule:
+    """From 0 to `peak` in a line, then to `end` in half a cosine (Loshchilov and Hutter 2016, arXiv:1608.03983).
+
+    A warm-up as long as the run or longer is cut to steps - 1, so that a trial of two steps needs no other setting.
+    """
+    return optax.warmup_cosine_decay_schedule(0.0, peak, min(warmup_steps, steps - 1), steps, end)
+
+
+def decay_mask(params: PyTree) -> PyTree:
+    """True for kernels, which weight decay shrinks; false for biases and norms, of one axis or none."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def sgd(
+    learning_rate: optax.ScalarOrSchedule, momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """Momentum, and L2 decay of kernels: decay * kernel joins the gradient before momentum, as in He et al. 2015."""
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, decay_mask),
+        optax.sgd(learning_rate, momentum, nesterov),
+    )
