@@ -1,0 +1,169 @@
+"""The models: sizes as published, bfloat16 where it is asked for, and which example may depend on which."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcompute.models import cnn, lenet, mlp, pooling, resnet
+
+SMALL = {
+    "mlp": mlp.MLP((8, 8), classes=3),
+    "lenet": lenet.LeNet5(classes=3),
+    "cnn": cnn.CNN((4, 4), (8,), classes=3),
+    "cnn with batch norm": cnn.CNN((4, 4), (8,), classes=3, norm=True),
+    "resnet": resnet.ResNet((1, 1), width=4, classes=3),
+    "resnet with projections": resnet.ResNet((1, 1), width=4, projection=True, classes=3),
+}
+NORMED = [name for name, model in SMALL.items() if getattr(model, "norm", False) or "resnet" in name]
+
+
+def shapes_of(model: nn.Module, *image: int):
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *image))))
+
+
+def size(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "parameters"),
+    [
+        (resnet.ResNet20(), 20, 269_722),  # 0.27M in table 6 of the paper
+        (resnet.ResNet32(), 32, 464_154),  # 0.46M
+        (resnet.ResNet44(), 44, 658_586),  # 0.66M
+        (resnet.ResNet56(), 56, 853_018),  # 0.85M
+        (resnet.ResNet110(), 110, 1_727_962),  # 1.7M
+        (resnet.ResNet18(), 18 + 3, 11_173_962),  # and three projections
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_resnets_have_the_published_sizes(model, layers, parameters):
+    params = shapes_of(model, 32, 32, 3)["params"]
+    assert sum(leaf.ndim > 1 for leaf in jax.tree.leaves(params)) == layers
+    assert size(params) == parameters
+
+
+def test_lenet_has_the_papers_sizes_layer_by_layer():
+    params = shapes_of(lenet.LeNet5(), 28, 28, 1)["params"]
+    assert {name: size(layer) for name, layer in params.items()} == {
+        "C1": 156,
+        "C3": 2_416,  # 1,516 in the paper, where not all maps are connected
+        "C5": 48_120,
+        "F6": 10_164,
+        "OUTPUT": 850,
+    }
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_bfloat16_reaches_every_product_and_its_gradient_but_no_statistic(name):
+    variables = shapes_of(SMALL[name], 16, 16, 3)
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), variables.pop("params"))
+    image = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.bfloat16)
+
+    def loss(params, variables, image):
+        logits, mutable = SMALL[name].apply({"params": params, **variables}, image, True, mutable=["batch_stats"])
+        return logits.sum(), (logits, mutable)
+
+    step = jax.value_and_grad(loss, has_aux=True)
+    products = [
+        equation
+        for equation in equations(jax.make_jaxpr(step)(params, variables, image).jaxpr)
+        if equation.primitive.name in ("conv_general_dilated", "dot_general")
+    ]
+    assert len(products) >= 3 * 3 - 1  # at least three layers, each forward and twice backward but for the input
+    assert {variable.aval.dtype for e in products for variable in (*e.invars, *e.outvars)} == {jnp.dtype("bfloat16")}
+
+    (_, (logits, mutable)), _ = jax.eval_shape(step, params, variables, image)
+    assert (logits.shape, logits.dtype) == ((2, 3), jnp.bfloat16)
+    assert ("batch_stats" in mutable) == (name in NORMED)
+    assert {leaf.dtype for leaf in jax.tree.leaves(mutable)} <= {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", ["cnn", *NORMED])
+def test_examples_meet_in_batch_norm_alone_and_only_while_training(name):
+    model, image = SMALL[name], jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
+    variables = jax.jit(model.init)(jax.random.key(0), image)
+
+    @jax.jit
+    def reach(image):  # [train, example]: how far example 0's logits feel each example
+        def first(image, train):
+            return (model.apply(variables, image, train, mutable=["batch_stats"])[0][0] ** 2).sum()
+
+        return jnp.stack([abs(jax.grad(first)(image, train)).sum((1, 2, 3)) for train in (False, True)])
+
+    evaluating, training = np.asarray(reach(image)) > 0
+    assert evaluating.tolist() == [True, False, False]
+    assert training.tolist() == [True, name in NORMED, name in NORMED]
+
+
+@pytest.mark.parametrize(("stride", "features"), [(1, 4), (2, 8)])
+def test_a_new_block_is_its_parameter_free_shortcut(stride, features):
+    image = jax.random.normal(jax.random.key(0), (2, 6, 6, 4))
+    block = resnet.Block(features, stride)
+
+    @jax.jit
+    def initial(image):
+        return block.init_with_output(jax.random.key(1), image, True)[0]
+
+    expected = np.zeros((2, 6 // stride, 6 // stride, features), np.float32)
+    expected[..., :4] = np.maximum(image[:, ::stride, ::stride], 0)
+    np.testing.assert_array_equal(initial(image), expected)
+
+
+@pytest.mark.parametrize("model", [mlp.MLP((64,), 3, dropout=0.5), cnn.CNN((2,), (64,), 3, dropout=0.5)])
+def test_dropout_follows_its_key_and_rests_in_evaluation(model):
+    image = jnp.ones((2, 4, 4, 1))
+    variables = jax.jit(model.init)(jax.random.key(0), image)
+
+    @jax.jit
+    def train(key):
+        return model.apply(variables, image, True, rngs={"dropout": key})
+
+    a, again, b = (train(jax.random.key(k)) for k in (1, 1, 2))
+    np.testing.assert_array_equal(a, again)
+    assert (a != b).all()
+    still = model.apply(variables, image)  # needs no key
+    np.testing.assert_array_equal(still, model.clone(dropout=0.0).apply(variables, image, True))
+
+
+def test_sigmoid_mlp_is_the_formula():
+    x = np.array([[0.0, 1.0], [0.3, -2.0]], np.float32)
+    model = mlp.MLP((3,), classes=1, activation=nn.sigmoid, output_activation=nn.sigmoid)
+    variables = model.init(jax.random.key(0), x)
+    h = x
+    for name in ("Dense_0", "Dense_1"):
+        layer = variables["params"][name]
+        h = 1 / (1 + np.exp(-(h @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"]))))
+    np.testing.assert_allclose(model.apply(variables, x), h, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (1, 7, 5, 2), (3, 2, 3, 1)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_max_pool_is_linens_in_every_bit_with_ties_and_odd_sizes(shape, dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-1, 2, shape), dtype)  # three values: most windows tie
+
+    def linen(x):
+        return nn.max_pool(x, (2, 2), (2, 2))
+
+    y, pull = jax.vjp(pooling.max_pool, x)
+    expected, expected_pull = jax.vjp(linen, x)
+    cotangent = jnp.asarray(rng.normal(size=y.shape), dtype)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(pull(cotangent)[0], expected_pull(cotangent)[0])
+
+
+def test_max_pool_hides_no_nan():
+    windows = jnp.where(jnp.eye(4, dtype=bool), jnp.nan, jnp.arange(4.0)).reshape(4, 2, 2, 1)
+    assert jnp.isnan(pooling.max_pool(windows)).all()
