@@ -1,0 +1,517 @@
+"""Compile, evaluate, fit: the only `jax.jit` of the training path and the only loop.
+
+The loop dispatches ahead of the device. Metrics are summed inside the compiled call, fetched once a log period and
+written one period late; nothing is computed on device arrays outside of it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompute import checkpoint, log, metrics, sharding, step
+from jaxcompute.core import Batch, Experiment, Run, Source, State, Writer
+from jaxcompute.errors import BadInput
+from jaxcompute.metrics import Last, Metrics
+
+# jitted residual blocks give NaN or garbage on processors with AVX-512 bf16; an empty fusion type mends it
+BROKEN_BFLOAT16 = ("0.11.2", "0.12.0", "0.12.0.1")
+MEND = "--xla_cpu_experimental_ynn_fusion_type="
+
+
+# fields that a run may go on with changed: what is computed from a State, or seen of it, stays sound
+FREE = {"steps", "epochs", "log_every", "eval_every", "save_every", "keep_last", "keep_best", "mesh_data", "mesh_fsdp"}
+
+
+class NonFinite(Exception):
+    """A loss or gradient that is not finite; the message names the step."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop, and has saved its State where it has a work directory; `signum` is the signal."""
+
+    def __init__(self, signum: int, at: int, saved: bool):
+        super().__init__(f"stopped by {signal.Signals(signum).name} at step {at:,}" + (", saved" if saved else ""))
+        self.signum = signum
+
+
+class Program(NamedTuple):
+    """An experiment compiled for a mesh."""
+
+    exp: Experiment
+    mesh: jax.sharding.Mesh
+    abstract: State  # shapes, dtypes and shardings
+    init: Callable[[], State]
+    feed: Callable[[int], Batch]  # what the step's call is given, on the devices
+    steps: Callable[[int], Callable[[State, Metrics, Batch], tuple[State, Metrics]]]  # by count; donates state and sums
+    sums: Callable[[], Metrics]  # empty sums of the training metrics
+    eval_feed: Callable[[int], Batch]
+    eval_step: Callable[[State, Metrics, Batch, np.int32], Metrics]
+    eval_sums: Callable[[], Metrics]
+    flops: Callable[[], float | None]  # of one optimizer step over all devices, as XLA counts them
+    memory: Callable[[], int | None]  # bytes a device that the compiled call needs, its arguments included
+
+
+def resolve(exp: Experiment, mesh: jax.sharding.Mesh) -> Experiment:
+    """The experiment with every `auto` decided for the mesh, and an evaluation batch that splits over it."""
+    cpu = mesh.devices.flat[0].platform == "cpu"
+    config = exp.config
+    sharding.check_batch(mesh, config)
+    if exp.steps * config.batch_size > 2**32:  # the order of examples is counted in uint32
+        most = 2**32 // config.batch_size
+        raise BadInput(f"{exp.steps:,} steps of --config.batch_size={config.batch_size}: take {most:,} steps at most")
+    for name, source in {"train": exp.train, "eval": exp.eval}.items() if exp.classes else ():
+        label = source.feed(0).get("label") if source.resident else None
+        if label is not None and label.dtype.kind in "iu" and label.max() >= len(exp.classes):
+            raise BadInput(f"{name}: a label is {label.max()} and there are {len(exp.classes)} classes; count from 0")
+    if config.precision == "auto":
+        config = dataclasses.replace(config, precision="float32" if cpu else "bfloat16")
+    if config.precision == "float64" and not jax.config.read("jax_enable_x64"):
+        raise BadInput("precision float64 needs jax.config.update('jax_enable_x64', True) before anything else of jax")
+    jaxlib, flags = importlib.metadata.version("jaxlib"), os.environ.get("XLA_FLAGS", "")
+    if cpu and config.precision == "bfloat16" and jaxlib in BROKEN_BFLOAT16 and MEND not in flags:
+        raise BadInput(f"bfloat16 on the CPU is broken in jaxlib {jaxlib}: set XLA_FLAGS={MEND}")
+    if config.steps_per_call == 0:
+        # a rolled loop over convolutions is some 30 times slower on the CPU; a streamed batch is one step's
+        config = dataclasses.replace(config, steps_per_call=1 if cpu or not exp.train.resident else 8)
+    rows = -(-exp.eval.batch_size // mesh.size) * mesh.size
+    return dataclasses.replace(exp, config=config, eval=exp.eval.with_batch_size(rows))
+
+
+def compile(exp: Experiment, mesh: jax.sharding.Mesh) -> Program:
+    """A resolved experiment for a mesh. `steps(count)` compiles ahead of time: another shape is then an error."""
+    train_step, eval_step = exp.train_step or step.train_step, exp.eval_step or step.eval_step
+    whole = jax.sharding.NamedSharding(mesh, sharding.WHOLE)
+
+    # These three are jitted for their trace alone: eval_shape makes it, and the calls below find it made.
+    @jax.jit
+    def init(feed: Batch) -> State:
+        return step.init(exp, exp.train.batch(feed, jnp.int32(0)))
+
+    @jax.jit
+    def advance(state: State, feed: Batch) -> tuple[State, Metrics]:
+        new, seen = train_step(exp, state, sharding.split(mesh, exp.train.batch(feed, state.step)))
+        return new, seen | {"step": Last(new.step)}
+
+    @jax.jit
+    def measure(state: State, feed: Batch, at: jax.Array) -> Metrics:
+        return eval_step(exp, state, sharding.split(mesh, exp.eval.batch(feed, at)))
+
+    def one(state: State, sums: Metrics, feed: Batch) -> tuple[State, Metrics]:
+        new, seen = advance(state, feed)
+        new, finite = step.keep_finite(state, new, seen)
+        return new, jax.tree.map(lambda m, s: jnp.where(finite, m, s), metrics.add(sums, seen), sums)
+
+    def eval_one(state: State, sums: Metrics, feed: Batch, at: jax.Array) -> Metrics:
+        return metrics.add(sums, measure(state, feed, at))
+
+    feed, eval_feed = feeder(mesh, exp.train), feeder(mesh, exp.eval)
+    fed, eval_fed = feed(0), eval_feed(0)
+    plain = jax.eval_shape(init, fed)
+    placed = sharding.shardings(mesh, exp.rule, plain)
+    abstract = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), plain, placed)
+    seen = jax.eval_shape(advance, abstract, fed)[1]
+    counted = jax.eval_shape(measure, abstract, eval_fed, np.int32(0))
+    if exp.best[0] not in counted:
+        raise BadInput(f"Experiment.best ranks by {exp.best[0]!r}, but an evaluation counts {', '.join(counted)}")
+
+    def zeros(shapes: Metrics) -> Callable[[], Metrics]:
+        return jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=whole)
+
+    @functools.cache
+    def lowered(count: int) -> jax.stages.Lowered:
+        def call(state: State, sums: Metrics, feed: Batch) -> tuple[State, Metrics]:
+            if count == 1:
+                return one(state, sums, feed)
+            return jax.lax.scan(lambda carry, _: (one(*carry, feed), None), (state, sums), length=count)[0]
+
+        jitted = jax.jit(call, donate_argnums=(0, 1), out_shardings=(placed, whole))
+        return jitted.lower(abstract, jax.tree.map(lambda x: x.update(sharding=whole), seen), fed)
+
+    @functools.cache
+    def compiled(count: int) -> jax.stages.Compiled:
+        return lowered(count).compile()
+
+    def flops() -> float | None:
+        cost = lowered(exp.config.steps_per_call).cost_analysis()  # counts the body of a loop once
+        return cost.get("flops") if isinstance(cost, dict) else None
+
+    def memory() -> int | None:
+        m = compiled(exp.config.steps_per_call).memory_analysis()
+        if m is None:
+            return None
+        return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+
+    return Program(
+        exp=exp,
+        mesh=mesh,
+        abstract=abstract,
+        init=lambda: jax.jit(init, out_shardings=placed)(fed),
+        feed=feed,
+        steps=compiled,
+        sums=zeros(seen),
+        eval_feed=eval_feed,
+        eval_step=jax.jit(eval_one, donate_argnums=1, out_shardings=whole),
+        eval_sums=zeros(counted),
+        flops=flops,
+        memory=memory,
+    )
+
+
+def feeder(mesh: jax.sharding.Mesh, source: Source) -> Callable[[int], Batch]:
+    """By step, the source's arrays on the devices: placed once where they are resident, else split as they come."""
+    if source.resident:
+        resident = sharding.put(mesh, sharding.WHOLE, source.feed(0))
+        return lambda at: resident
+    return lambda at: sharding.put(mesh, sharding.BATCH, source.feed(at))
+
+
+def evaluate(program: Program, state: State) -> dict[str, Any]:
+    """The evaluation set's metrics, every example counted once: floats, and `confusion` [classes, classes]."""
+    sums = program.eval_sums()
+    for at in range(program.exp.eval.steps):
+        sums = program.eval_step(state, sums, program.eval_feed(at), np.int32(at))
+    return metrics.compute(jax.device_get(sums))
+
+
+def fit(
+    exp: Experiment,
+    workdir: Path | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    write: Writer | None = None,
+    say: Callable[[str], None] = print,
+    allow_changes: bool = False,
+) -> State:
+    """Train to the last step and return the State there.
+
+    Args:
+        exp: the experiment.
+        workdir: where metrics, checkpoints and status go, and where the run goes on from; None leaves nothing.
+        mesh: the devices; None: by the config.
+        write: is given (step, values) at each log period and evaluation, and (step, {}) at each call in between.
+        say: is given each line of what is announced.
+        allow_changes: go on in a work directory though fields of FREE have changed.
+
+    Raises:
+        BadInput: a config, a mesh or a checkpoint that does not fit, or another run in the work directory.
+        NonFinite: a loss or gradient was not finite; the checkpoints before it stand, and nonfinite/ has that step.
+        Preempted: SIGTERM or SIGINT came; the State has been saved.
+    """
+    with log.lock(workdir) if workdir else contextlib.nullcontext(), stop_signals() as signals:
+        mesh = mesh or sharding.make_mesh(exp.config)
+        exp = resolve(exp, mesh)
+        if workdir is None:
+            return loop(exp, None, mesh, write, say, signals)
+        claim(workdir, exp, allow_changes)
+        try:
+            state = loop(exp, workdir, mesh, write, say, signals)
+        except BadInput:
+            raise  # nothing ran
+        except BaseException as error:
+            kind = "preempted" if isinstance(error, Preempted) else "failed"
+            message = " ".join(str(error).split()) or type(error).__name__
+            log.status(workdir, kind, step=log.read_status(workdir).get("step", 0), of=exp.steps, message=message)
+            raise
+        log.status(workdir, "done", step=exp.steps, of=exp.steps)
+        return state
+
+
+def claim(workdir: Path, exp: Experiment, allow_changes: bool) -> None:
+    """Refuse a work directory that holds a run of another config, unless it may be changed and was meant to be.
+
+    Raises:
+        BadInput: names each field that differs, old and new.
+    """
+    saved, name = log.read_config(workdir), _name(exp)
+    if saved is None:
+        if there := checkpoint.steps(workdir / "checkpoints"):
+            mend = "bring it back, or take another --workdir"
+            raise BadInput(f"{workdir} has a checkpoint of step {there[-1]} and no config.json: {mend}")
+        return
+    if saved.get("experiment") != name:
+        raise BadInput(f"{workdir} holds a run of {saved.get('experiment')}, not of {name}: take another --workdir")
+    config, old = _plain(exp.config), saved["config"]
+    differ = [name for name in [*config, *(k for k in old if k not in config)] if config.get(name) != old.get(name)]
+    if differ and not (allow_changes and FREE.issuperset(differ)):
+        changes = ", ".join(f"{name} was {old.get(name)} and is {config.get(name)}" for name in differ)
+        mend = "--allow_changes goes on with it, or " if FREE.issuperset(differ) else ""
+        raise BadInput(f"{workdir} holds a run of another config: {changes}; {mend}take another --workdir")
+
+
+def leave_config(workdir: Path, exp: Experiment, mesh: jax.sharding.Mesh) -> None:
+    """config.json of a new run, or of one that goes on with changes."""
+    saved = log.read_config(workdir)
+    if saved is None or saved["config"] != _plain(exp.config):
+        device = mesh.devices.flat[0]
+        facts = {"device": device.device_kind, "platform": device.platform, "devices": mesh.size}
+        log.write_json(workdir / "config.json", log.describe(_plain(exp.config), experiment=_name(exp), **facts))
+
+
+def _name(exp: Experiment) -> str:
+    return type(exp.config).__module__.rpartition(".")[2]
+
+
+def _plain(config: Run) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def loop(
+    exp: Experiment,
+    workdir: Path | None,
+    mesh: jax.sharding.Mesh,
+    write: Writer | None,
+    say: Callable[[str], None],
+    signals: list[int],
+) -> State:
+    """From where the work directory stands to the last step, or to the call after a signal."""
+    config = exp.config
+    program = compile(exp, mesh)
+    at, state, sums = restart(program, workdir, say)
+    if workdir:
+        leave_config(workdir, exp, mesh)  # not before its checkpoints are known to fit
+    if at >= exp.steps:
+        say(f"already at step {at:,} of {exp.steps:,}: nothing to do")
+        return state
+    if workdir:
+        log.status(workdir, "running", step=at, of=exp.steps)
+        say(f"after a kill the same command goes on with --workdir={workdir}")
+    announce(program, say)
+    eval_every = config.eval_every or max(1, round(exp.train.size / exp.train.batch_size))
+    files = log.writer(workdir, at) if workdir else contextlib.nullcontext(lambda step, values: None)
+    rules = (config.keep_last, config.keep_best, exp.best)
+    saver = checkpoint.Saver(workdir / "checkpoints", *rules) if workdir else contextlib.nullcontext()
+    pending: list[tuple[int, float, Future[tuple[Metrics, float]]]] = []  # a log period the device may be working on
+    since = at  # where sums begin
+    clock = Clock(program, at)
+
+    with files as file, saver as saver, ThreadPoolExecutor(1, "metrics") as fetcher:
+
+        def tell(at: int, values: dict[str, float]) -> None:
+            file(at, values)
+            if write:
+                write(at, values)
+
+        def checked(reached: int, sums: Metrics) -> Metrics:
+            """A step that was not finite did not advance, so its sums reach less far."""
+            if sums["step"].value != reached:
+                if workdir:
+                    try:
+                        keep_nonfinite(program, state, workdir / "nonfinite")
+                    except OSError as error:
+                        say(str(error))
+                bad = int(jax.device_get(state.step)) + 1
+                raise NonFinite(f"step {bad}: the loss or the gradient is not finite")
+            return sums
+
+        def report() -> None:
+            """Writes the metrics of the log period before this one: the device has had a period's time for it."""
+            while pending:
+                due_at, waited, fetching = pending.pop()
+                sums, when = fetching.result()
+                values = metrics.compute(checked(due_at, sums))
+                scalars = {f"train/{k}": v for k, v in values.items() if isinstance(v, float) and k != "step"}
+                tell(due_at, scalars | clock.rates(due_at, when, waited))
+
+        def settle() -> list[Any]:
+            """Waits for the last step; the sums of the log period that is under way."""
+            report()
+            return [leaf.tolist() for leaf in jax.tree.leaves(checked(at if at > since else 0, jax.device_get(sums)))]
+
+        def save(results: dict[str, float], carried: list[Any]) -> None:
+            """The sums go with the State, so that a run that goes on logs the unbroken run's values."""
+            if saver and workdir:
+                saver.save(state, results, {"sums": carried})
+                log.status(workdir, "running", step=at, of=exp.steps)
+            clock.restart(at)
+
+        while at < exp.steps:
+            before = at
+            aligned = at % config.steps_per_call == 0 and at + config.steps_per_call <= exp.steps
+            count = config.steps_per_call if aligned else 1
+            with clock.waiting():
+                feed = program.feed(at)
+            state, sums = program.steps(count)(state, sums, feed)
+            at += count
+            last, stop = at == exp.steps, bool(signals)
+
+            if due(before, at, config.log_every) or last:
+                report()
+                pending.append((at, clock.waited(), fetcher.submit(fetch, sums)))
+                sums, since = program.sums(), at
+                if saver:
+                    saver.poll()  # a save that failed ends the run here, not at the next save
+            elif write:
+                write(at, {})
+            if due(before, at, eval_every) or last:
+                carried = settle()
+                results = evaluate(program, state)
+                scalars = {name: value for name, value in results.items() if isinstance(value, float)}
+                if not np.isfinite(list(scalars.values())).all():  # the last step spoiled what it left
+                    raise NonFinite(f"step {at}: the evaluation is not finite")
+                tell(at, {f"eval/{name}": value for name, value in scalars.items()})
+                if workdir:
+                    log.evaluation(workdir, at, results, exp.classes)
+                save(scalars, carried)
+            elif due(before, at, config.save_every) or stop:
+                save({}, settle())
+            if stop and not last:
+                if saver:
+                    saver.wait()
+                raise Preempted(signals[0], at, saved=bool(saver))
+    return state
+
+
+def keep_nonfinite(program: Program, state: State, folder: Path) -> None:
+    """Leaves what replay.py runs again: the last finite State as a checkpoint, and the batch of the step after it.
+
+    Raises:
+        OSError: they could not be written.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    feed = program.feed(int(jax.device_get(state.step)))
+    np.savez(folder / "batch.npz", **jax.device_get(jax.jit(program.exp.train.batch)(feed, state.step)))
+    with checkpoint.Saver(folder) as saver:
+        saver.save(state)
+
+
+def due(before: int, at: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (before, at]; never for 0."""
+    return every > 0 and at // every > before // every
+
+
+def restart(program: Program, workdir: Path | None, say: Callable[[str], None]) -> tuple[int, State, Metrics]:
+    """Where to go on: the newest good checkpoint's step, State and sums, or step 0."""
+    found = checkpoint.restore_newest(workdir / "checkpoints", program.abstract, say) if workdir else None
+    if workdir is None or found is None:
+        return 0, program.init(), program.sums()
+    at, state = found
+    say(f"resuming at step {at:,} of {program.exp.steps:,}")
+    empty = program.sums()
+    carried = checkpoint.manifest(workdir / "checkpoints", at)["extra"]["sums"]
+    leaves, tree = jax.tree.flatten(empty)
+    values = [np.asarray(value, leaf.dtype) for value, leaf in zip(carried, leaves, strict=True)]
+    whole = jax.sharding.NamedSharding(program.mesh, sharding.WHOLE)
+    return at, state, jax.device_put(jax.tree.unflatten(tree, values), whole)
+
+
+def announce(program: Program, say: Callable[[str], None]) -> None:
+    """Before step 0: device, parameters by layer, work, memory, time spent compiling."""
+    exp, config, devices = program.exp, program.exp.config, program.mesh.devices
+    say(log.parameter_table(program.abstract.params))
+    began = time.perf_counter()
+    program.steps(config.steps_per_call)
+    seconds = time.perf_counter() - began
+    flops, memory = program.flops(), program.memory()
+    work = "unknown work" if flops is None else log.quantity(flops, "FLOP")
+    room = "unknown memory" if memory is None else log.quantity(memory, "B")
+    say(
+        f"{devices.size} x {devices.flat[0].device_kind} | {config.precision} | "
+        f"{exp.steps:,} steps of {config.batch_size:,} ({exp.steps * config.batch_size / exp.train.size:,.1f} epochs "
+        f"of {exp.train.size:,}) | a step: {work}, {room} a device | compiled in {seconds:.1f} s"
+    )
+
+
+def fetch(sums: Metrics) -> tuple[Metrics, float]:
+    """On a thread of its own: the sums, and the moment the device was done with them."""
+    return jax.device_get(sums), time.perf_counter()
+
+
+class Clock:
+    """Rates since the last reading; time spent in evaluations and saves is left out by `restart`."""
+
+    def __init__(self, program: Program, at: int):
+        self.devices, self.batch_size = program.mesh.devices, program.exp.config.batch_size
+        self.wait = 0.0
+        self.restart(at)
+
+    def restart(self, at: int) -> None:
+        self.at, self.since = at, time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for data."""
+        began = time.perf_counter()
+        yield
+        self.wait += time.perf_counter() - began
+
+    def waited(self) -> float:
+        """Seconds since this was last asked."""
+        seconds, self.wait = self.wait, 0.0
+        return seconds
+
+    def rates(self, at: int, when: float, waited: float) -> dict[str, float]:
+        """The perf/ and mem/ values of the steps up to `at`, which were done at `when` and waited for data so long."""
+        seconds, steps = when - self.since, at - self.at
+        self.at, self.since = at, when
+        rate = steps * self.batch_size / seconds
+        values = {
+            "perf/examples_per_sec": rate,
+            "perf/examples_per_sec_per_device": rate / self.devices.size,
+            "perf/step_ms": 1e3 * seconds / steps,
+            "perf/data_wait_frac": waited / seconds,
+        }
+        stats = self.devices.flat[0].memory_stats()
+        if stats and "peak_bytes_in_use" in stats:  # the CPU does not tell
+            values["mem/peak_bytes"] = float(stats["peak_bytes_in_use"])
+        return values
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT are put into; the loop looks at it, for nothing is safe inside a handler.
+
+    A second Ctrl-C is not waited for.
+    """
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+
+    def note(signum: int, frame: Any) -> None:
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.default_int_handler)
+        seen.append(signum)
+
+    old = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield seen
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)
+
+
+def evaluate_checkpoint(exp: Experiment, workdir: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Evaluate the best checkpoint of a work directory, or the newest where none is ranked.
+
+    Raises:
+        BadInput: there is none, or it is not of this experiment and config.
+    """
+    directory = workdir / "checkpoints"
+    mesh = sharding.make_mesh(exp.config)
+    program = compile(resolve(exp, mesh), mesh)
+    at = checkpoint.best(directory, exp.best)
+    if at is None:
+        at = max(checkpoint.steps(directory), default=None)
+    if at is None:
+        raise BadInput(f"no checkpoint in {directory}: train first, or give the --workdir of a run that was saved")
+    state = checkpoint.restore(directory, at, program.abstract)
+    say(f"evaluating step {at:,} of {workdir} on {exp.eval.size:,} examples")
+    results = evaluate(program, state)
+    log.evaluation(workdir, at, results, exp.classes)
+    return results

@@ -1,0 +1,332 @@
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import threading
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from jaxcompute import checkpoint, core, log, metrics, sharding, train
+from jaxcompute.errors import BadInput
+
+quiet = lambda text: None  # noqa: E731
+PERF = ("perf/", "mem/")  # timings differ from run to run
+
+
+def fit(exp, workdir=None, **kwargs):
+    return train.fit(exp, workdir, say=quiet, **kwargs)
+
+
+def on(devices: int, **fields):
+    return {"mesh_data": devices, **fields}
+
+
+def without_times(workdir) -> dict:
+    return {
+        step: {tag: value for tag, value in values.items() if not tag.startswith(PERF)}
+        for step, values in log.read(workdir).items()
+    }
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_labels_out_of_range_are_told_before_anything_is_compiled(split, tmp_path):
+    exp = tiny.mlp()
+    source = getattr(exp, split)
+    label = source.arrays["label"].copy()
+    label[5] = 3
+    spoiled = dataclasses.replace(source, arrays=source.arrays | {"label": label})
+    with pytest.raises(BadInput, match=f"^{split}: a label is 3 and there are 3 classes; count from 0$"):
+        fit(dataclasses.replace(exp, **{split: spoiled}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step: int):
+    """A writer that breaks the run off once it has dispatched that step."""
+
+    def write(at: int, values: dict) -> None:
+        if at >= step:
+            raise Stop
+
+    return write
+
+
+@pytest.mark.parametrize("make", [tiny.mlp, tiny.resnet], ids=["mlp", "batch-norm resnet"])
+def test_a_resumed_run_equals_the_unbroken_one_in_every_bit(make, tmp_path):
+    exp = make(save_every=5, ema=0.9, mesh_data=1)
+    unbroken = fit(exp, tmp_path / "unbroken")
+    with pytest.raises(Stop):
+        fit(exp, tmp_path / "broken", write=stop_at(11))
+    assert checkpoint.steps(tmp_path / "broken/checkpoints")[-1] == 10
+    resumed = fit(exp, tmp_path / "broken")
+    assert checkpoint.digest(resumed) == checkpoint.digest(unbroken)
+    assert without_times(tmp_path / "broken") == without_times(tmp_path / "unbroken")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "broken/metrics.jsonl").read_text().splitlines()]
+    assert steps == [4, 6, 8, 12, 12]
+
+
+def test_every_file_of_the_work_directory(tmp_path):
+    fit(tiny.mlp(**on(1)), tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "metrics.jsonl", "metrics.csv", "status.json", "evaluation.json", "checkpoints"} <= names
+    assert any(name.startswith("events.out.tfevents.") for name in names)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["config"]["precision"] == "float32"  # what auto became
+    assert config["config"]["batch_size"] == 8
+    assert {"jax", "flax", "python"} <= set(config["versions"])
+    assert {"argv", "git", "device", "platform"} <= set(config)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["step"], status["of"]) == ("done", 12, 12)
+    values = log.read(tmp_path)
+    assert {"train/loss", "train/accuracy", "train/learning_rate", "train/grad_norm", "perf/step_ms"} <= set(values[4])
+    assert {"eval/loss", "eval/accuracy", "eval/ece"} <= set(values[12])
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    assert np.sum(evaluation["confusion"]) == 23
+
+
+def test_a_finished_run_says_so_and_does_nothing(tmp_path):
+    exp = tiny.mlp(**on(1))
+    first = fit(exp, tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    said = []
+    again = train.fit(exp, tmp_path, say=said.append)
+    assert any("already at step 12" in line for line in said)
+    assert checkpoint.digest(again) == checkpoint.digest(first)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_config_in_the_same_directory_is_refused_field_by_field(tmp_path):
+    fit(tiny.mlp(**on(1)), tmp_path)
+    with pytest.raises(BadInput, match="seed was 0 and is 7, batch_size was 8 and is 4"):
+        fit(tiny.mlp(**on(1, seed=7, batch_size=4)), tmp_path)
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "done"
+
+
+def test_a_run_goes_on_with_more_steps_or_another_mesh_only_where_that_is_meant(tmp_path):
+    fit(tiny.mlp(**on(1)), tmp_path)
+    longer = tiny.mlp(**on(2, steps=16))
+    with pytest.raises(BadInput, match=r"steps was 12 and is 16, mesh_data was 1 and is 2; --allow_changes"):
+        fit(longer, tmp_path)
+    assert int(fit(longer, tmp_path, allow_changes=True).step) == 16
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["steps"] == 16
+    assert 16 in log.read(tmp_path)
+    with pytest.raises(BadInput, match=r"seed was 0 and is 3; take another --workdir"):
+        fit(tiny.mlp(**on(2, steps=16, seed=3)), tmp_path, allow_changes=True)
+
+
+def test_the_step_is_traced_once(tmp_path):
+    traces = []
+
+    def counted(name, function):
+        def wrapped(*args):
+            traces.append(name)
+            return function(*args)
+
+        return wrapped
+
+    exp = tiny.mlp(**on(1))
+    exp = dataclasses.replace(exp, loss=counted("loss", exp.loss), measure=counted("measure", exp.measure))
+    fit(exp)
+    assert traces == ["loss", "measure"]
+
+
+def test_the_loop_sums_what_the_steps_counted():
+    """Log periods that nothing divides, against a log of every step."""
+    seen: dict[int, dict[int, dict]] = {1: {}, 5: {}}
+    for every, rows in seen.items():
+        fit(tiny.mlp(**on(1, log_every=every)), write=lambda at, v, rows=rows: rows.setdefault(at, {}).update(v))
+    for end, start in ((5, 0), (10, 5), (12, 10)):
+        mean = np.mean([seen[1][at]["train/loss"] for at in range(start + 1, end + 1)])
+        assert seen[5][end]["train/loss"] == pytest.approx(mean, rel=1e-6)
+        assert seen[5][end]["train/learning_rate"] == seen[1][end]["train/learning_rate"]
+
+
+def test_several_steps_a_call_are_the_same_steps():
+    exp = tiny.mlp(**on(1))
+    one = fit(exp)
+    several = fit(tiny.mlp(**on(1, steps_per_call=5)))  # 5, 5, and the 2 that remain one by one
+    assert checkpoint.digest(one) == checkpoint.digest(several)
+
+
+@pytest.mark.parametrize(
+    # fsdp inside a rolled loop is left out: XLA deadlocks where devices share two cores
+    "fields",
+    [{"mesh_data": 2, "mesh_fsdp": 2}, {"mesh_data": 4, "steps_per_call": 5}],
+    ids=["fsdp", "several steps a call"],
+)
+def test_all_of_it_at_once_resumes_to_the_same_bits(fields, tmp_path):
+    """Accumulation, clipping and averages on four devices, broken between a log line and a save."""
+    fields = {"accumulate": 2, "clip_norm": 1.0, "ema": 0.9} | fields
+    exp = tiny.mlp(tiny.MLP((512,), 3), steps=23, log_every=3, save_every=4, eval_every=7, **fields)
+    unbroken = fit(exp, tmp_path / "unbroken")
+    with pytest.raises(Stop):
+        fit(exp, tmp_path / "broken", write=stop_at(15))
+    resumed = fit(exp, tmp_path / "broken")
+    assert checkpoint.digest(resumed) == checkpoint.digest(unbroken)
+    assert without_times(tmp_path / "broken") == without_times(tmp_path / "unbroken")
+
+
+def test_a_loss_may_count_anything(tmp_path):
+    """Metrics of every kind go through sums, checkpoints and a resume; the screen and the files get the floats."""
+    plain = tiny.mlp(**on(1, log_every=5))
+
+    def loss(outputs, batch):
+        scalar, seen = plain.loss(outputs, batch)
+        masked = batch | {"mask": jax.numpy.ones(len(outputs), bool)}
+        return scalar, seen | {k: v for k, v in metrics.classification(outputs, masked).items() if k not in seen}
+
+    exp = dataclasses.replace(plain, loss=loss)
+    with pytest.raises(Stop):
+        fit(exp, tmp_path, write=stop_at(7))
+    fit(exp, tmp_path)
+    assert 0 <= log.read(tmp_path)[10]["train/ece"] <= 1
+
+
+def test_parameters_spoiled_by_the_last_step_are_not_saved(tmp_path):
+    def train_step(exp, state, batch):
+        new, seen = train.step.train_step(exp, state, batch)
+        scale = jax.numpy.where(state.step == 11, jax.numpy.nan, 1.0)
+        return new.replace(params=jax.tree.map(lambda p: p * scale, new.params)), seen
+
+    with pytest.raises(train.NonFinite, match="step 12"):
+        fit(dataclasses.replace(tiny.mlp(**on(1)), train_step=train_step), tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [6]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"best": ("top1", "max")}, "top1.*counts accuracy"),
+        ({"config": core.Run(precision="float64", batch_size=8)}, "jax_enable_x64"),
+    ],
+)
+def test_an_experiment_that_cannot_work_is_told_before_it_runs(change, named):
+    with pytest.raises(BadInput, match=named):
+        fit(dataclasses.replace(tiny.mlp(**on(1)), **change))
+
+
+def test_a_directory_of_another_experiment_is_refused(tmp_path):
+    class Other(core.Run):
+        pass
+
+    fit(tiny.mlp(**on(1)), tmp_path)
+    exp = tiny.mlp(**on(1))
+    with pytest.raises(BadInput, match="holds a run of core, not of test_train"):
+        fit(dataclasses.replace(exp, config=Other(**dataclasses.asdict(exp.config))), tmp_path)
+
+
+def losses(exp) -> list[float]:
+    seen = {}
+    fit(exp, write=lambda at, v: seen.update({at: v["train/loss"]} if "train/loss" in v else {}))
+    return [seen[at] for at in sorted(seen)]
+
+
+@pytest.mark.parametrize(
+    ("make", "precision", "tolerance", "mesh"),
+    [
+        (tiny.mlp, "float64", 1e-12, {"mesh_data": 4}),
+        (tiny.resnet, "float64", 1e-12, {"mesh_data": 4}),
+        (tiny.mlp, "float32", 1e-6, {"mesh_data": 4}),
+        (partial(tiny.mlp, tiny.MLP((512,), 3)), "float64", 1e-12, {"mesh_data": 2, "mesh_fsdp": 2}),
+    ],
+    ids=["mlp-f64", "resnet-f64", "mlp-f32", "fsdp-f64"],
+)
+def test_four_devices_equal_one(make, precision, tolerance, mesh):
+    fields = {"steps": 20, "log_every": 1, "precision": precision, "eval_every": 20}
+    with jax.enable_x64(True) if precision == "float64" else contextlib.nullcontext():
+        one, four = losses(make(mesh_data=1, **fields)), losses(make(**mesh, **fields))
+    assert len(one) == 20
+    np.testing.assert_allclose(four, one, rtol=tolerance)
+
+
+def test_evaluation_counts_every_example_once_on_any_batch_and_mesh():
+    """23 examples in batches of 1, 8 and 23 on one device and 4."""
+    results = []
+    for devices, rows in ((1, 1), (1, 8), (4, 8), (4, 23)):
+        exp = tiny.mlp(**on(devices))
+        exp = dataclasses.replace(exp, eval=exp.eval.with_batch_size(rows))
+        mesh = sharding.make_mesh(exp.config)
+        program = train.compile(train.resolve(exp, mesh), mesh)
+        results.append(train.evaluate(program, program.init()))
+    assert results[0]["confusion"].sum() == 23
+    for other in results[1:]:
+        np.testing.assert_array_equal(other["confusion"], results[0]["confusion"])
+        for name in ("loss", "accuracy", "ece"):
+            assert other[name] == pytest.approx(results[0][name], rel=1e-5)
+
+
+def test_the_best_checkpoint_is_kept_and_evaluated(tmp_path):
+    exp = tiny.mlp(**on(1, steps=24, eval_every=4, keep_last=1, keep_best=1))
+    fit(exp, tmp_path)
+    values = log.read(tmp_path)
+    scores = {step: row["eval/accuracy"] for step, row in values.items() if "eval/accuracy" in row}
+    best = max(scores, key=lambda step: (scores[step], step))
+    assert checkpoint.steps(tmp_path / "checkpoints") == sorted({best, 24})
+    assert train.evaluate_checkpoint(exp, tmp_path, quiet)["accuracy"] == scores[best]
+    with pytest.raises(BadInput, match="no checkpoint"):
+        train.evaluate_checkpoint(exp, tmp_path / "nothing", quiet)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_the_run_at_its_step(bad, tmp_path):
+    exp = tiny.mlp(**on(1, steps=30, log_every=4, save_every=2))
+
+    def train_step(exp, state, batch):
+        new, seen = train.step.train_step(exp, state, batch)
+        scale = jax.numpy.where(state.step == 6, bad, 1.0)
+        return new.replace(params=jax.tree.map(lambda p: p * scale, new.params)), seen
+
+    with pytest.raises(train.NonFinite, match="step 8"):  # step 7 spoils the parameters, step 8 meets them
+        fit(dataclasses.replace(exp, train_step=train_step), tmp_path)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "step 8" in status["message"]
+    assert checkpoint.steps(tmp_path / "checkpoints")[-1] == 6
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_call_goes_on(signum, tmp_path):
+    exp = tiny.mlp(**on(1))
+    whole = fit(exp)
+
+    def write(at: int, values: dict) -> None:
+        if at == 7:
+            os.kill(os.getpid(), signum)
+
+    with pytest.raises(train.Preempted) as stopped:
+        fit(exp, tmp_path, write=write)
+    assert stopped.value.signum == signum
+    at = checkpoint.steps(tmp_path / "checkpoints")[-1]
+    assert 7 <= at <= 8
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "preempted"
+    assert checkpoint.digest(fit(exp, tmp_path)) == checkpoint.digest(whole)
+
+
+def test_it_runs_in_a_thread_too():
+    """Where signal handlers can't be set, as in some notebooks."""
+    states = []
+    thread = threading.Thread(target=lambda: states.append(fit(tiny.mlp(**on(1, steps=2)))))
+    thread.start()
+    thread.join()
+    assert int(states[0].step) == 2
+
+
+def test_what_is_announced():
+    said = []
+    train.fit(tiny.mlp(**on(1, steps=2)), say=said.append)
+    text = "\n".join(said)
+    for word in ("Dense_0", "36x16", "643", "cpu", "float32", "2 steps of 8", "FLOP", "compiled in"):
+        assert word in text
+
+
+def test_a_run_so_long_that_its_order_would_start_over_is_refused():
+    with pytest.raises(BadInput, match=r"take 536,870,912 steps at most"):
+        fit(tiny.mlp(**on(1, steps=2**29 + 1)))
