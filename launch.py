@@ -1,0 +1,166 @@
+"""python launch.py --experiment=NAME: flags in, a run out.
+
+    python launch.py --experiment=digits_cnn                                train
+    python launch.py --experiment=digits_cnn --help                         every flag with its meaning
+    python launch.py --experiment=digits_cnn --workdir=DIR --mode=evaluate  the best checkpoint, else the latest
+    python launch.py --experiment=digits_cnn --workdir=DIR --mode=replay    the step that was not finite, layer by layer
+    python launch.py --experiment=digits_cnn --mode=verify_resume           is a killed run the unbroken one?
+    python launch.py --experiment=digits_cnn --sweep=seed=0,1,2             a run a value, and a table
+
+Exit codes: 0 done, 1 a run failed, 2 bad input, 128 + n stopped by signal n and saved.
+"""
+
+import datetime
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from jaxcompute import config as configs
+from jaxcompute import log
+from jaxcompute.errors import BadInput
+
+ROOT = Path(__file__).parent / "experiments"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxcompute"
+
+flags.DEFINE_string("experiment", None, "name of a file of experiments/")
+flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "evaluate", "replay", "verify_resume"],
+    "train; evaluate the best checkpoint, else the latest; replay the step that was not finite and say what was first; "
+    "verify_resume: kill a short run at random and compare it with an unbroken one, bit for bit",
+)
+flags.DEFINE_string("workdir", None, "where the run is left and goes on from; default runs/<experiment>/<time>")
+flags.DEFINE_string("data_dir", None, "where data sets are; default $JAXCOMPUTE_DATA_DIR, else in the user's cache")
+flags.DEFINE_bool("allow_changes", False, "go on in a work directory with other steps, periods or meshes than it has")
+flags.DEFINE_multi_string("sweep", [], "field=v1,v2: a run for each value; given again, for each combination")
+FLAGS = flags.FLAGS
+
+
+def main(argv: list[str]) -> None:
+    import jax
+
+    from jaxcompute import sharding
+
+    logging.set_verbosity(logging.WARNING)  # jax tells of every backend that it does not find
+    if not FLAGS.experiment:
+        raise BadInput(f"say which: --experiment=NAME; there are: {', '.join(configs.experiments(ROOT))}")
+    if FLAGS.mode in ("evaluate", "replay") and not FLAGS.workdir:
+        raise BadInput(f"--mode={FLAGS.mode}: say which run, --workdir=DIR")
+    if FLAGS.mode != "train" and FLAGS.sweep:
+        raise BadInput(f"--mode={FLAGS.mode} --sweep: a sweep trains; take its runs one by one, --workdir=DIR")
+    # with the process, as two runs may start in one second
+    workdir = Path(FLAGS.workdir or f"runs/{FLAGS.experiment}/{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}")
+    module = configs.load(FLAGS.experiment, ROOT)
+    # of a run that goes on: its config, and the flags that are given
+    config = configs.from_flags(module.Config, config_of(workdir, module.Config))
+    if FLAGS.data_dir:
+        os.environ["JAXCOMPUTE_DATA_DIR"] = FLAGS.data_dir
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_enable_x64", config.precision == "float64")
+
+    if FLAGS.sweep:
+        sweep(module, config, workdir)
+        return
+    sharding.check_batch(sharding.make_mesh(config), config)  # told before any data is read
+    if FLAGS.mode == "evaluate":
+        evaluate(module.experiment(config), workdir)
+    elif FLAGS.mode == "verify_resume":
+        verify_resume()
+    elif FLAGS.mode == "replay":
+        replay(module.experiment(config), workdir)
+    else:
+        train(module.experiment(config), workdir)
+
+
+def config_of(workdir: Path, cls: type):
+    """The config of the run that a work directory holds, or None."""
+    saved = log.read_config(workdir)
+    if saved is None:
+        return None
+    try:
+        if saved.get("experiment", FLAGS.experiment) != FLAGS.experiment:
+            raise BadInput(f"it is of --experiment={saved['experiment']}, not {FLAGS.experiment}")
+        return configs.from_json(cls, saved["config"])
+    except BadInput as error:
+        raise BadInput(f"{workdir / 'config.json'}: {error}; take another --workdir") from None
+
+
+def train(exp, workdir: Path) -> None:
+    from jaxcompute import train as trainer
+
+    show, say = log.console(exp.steps)
+    seen: dict[str, float] = {}
+
+    def write(step: int, values: dict[str, float]) -> None:
+        if not values and not sys.stderr.isatty():
+            return  # between log periods only a terminal's line moves
+        seen.update(values)
+        shown = {tag: seen[tag] for tag in ("train/loss", "train/accuracy", "eval/accuracy") if tag in seen}
+        show(step, shown, seen.get("perf/examples_per_sec", 0.0))
+
+    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
+    again = shlex.join([python, *sys.argv, *([] if FLAGS.workdir else [f"--workdir={workdir}"])])
+    try:
+        trainer.fit(exp, workdir, write=write, say=say, allow_changes=FLAGS.allow_changes)
+    except trainer.Preempted as stop:
+        say("\n".join([str(stop), *getattr(stop, "__notes__", []), f"to go on: {again}"]))
+        sys.exit(128 + stop.signum)
+    except trainer.NonFinite as error:
+        say(f"{error}; to see where it began: {again} --mode=replay")
+        sys.exit(1)
+    except OSError as error:  # a full disk, say; what was saved before stands
+        say(str(error))
+        sys.exit(1)
+    if exp.classes:
+        say(log.evaluation_table(workdir))
+    say(f"to evaluate: {again} --mode=evaluate")
+
+
+def evaluate(exp, workdir: Path) -> None:
+    from jaxcompute import train as trainer
+
+    trainer.evaluate_checkpoint(exp, workdir)
+    print(log.evaluation_table(workdir))
+
+
+def replay(exp, workdir: Path) -> None:
+    from jaxcompute import replay as replayer
+
+    replayer.replay(exp, workdir)
+
+
+def verify_resume() -> None:
+    from jaxcompute import verify
+
+    sys.exit(0 if verify.resume([sys.executable, __file__], sys.argv[1:]) else 1)
+
+
+def sweep(module, config, workdir: Path) -> None:
+    from jaxcompute.sweep import grid
+
+    points = grid.points(config, FLAGS.sweep)
+    grid.check(workdir, config, points)
+    best = module.experiment(config).best
+    command = [sys.executable, __file__, *grid.flags_of_children(sys.argv)]
+    sys.exit(grid.run(workdir, command, points, best))
+
+
+def launch() -> None:
+    try:
+        name = configs.peek(sys.argv, "experiment")
+        if name:
+            configs.define_flags(configs.load(name, ROOT).Config)
+        app.run(main, flags_parser=lambda argv: configs.parse_flags(argv, __doc__ or ""))
+    except BadInput as error:
+        print(" ".join(str(error).split()), file=sys.stderr)  # a line, whatever stands in a path
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    launch()
