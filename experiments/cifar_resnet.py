@@ -1,0 +1,80 @@
+"""Residual networks of the CIFAR family on CIFAR-10 (He et al. 2015, section 4.2).
+
+    python launch.py --experiment=cifar_resnet --config.precision=bfloat16 --config.eval_every=2345
+
+83.64 % of the 10,000 test images at depth 20 by an earlier recipe (1 run, seed 0; 8 epochs, batch 128, learning
+rate 0.2, label smoothing 0.1, float32); 60 min of one core of an Intel Xeon (jax 0.10.2), 2026-11-22.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Annotated, Literal
+
+import jax
+
+from jaxcompute import losses, optim
+from jaxcompute.config import Range
+from jaxcompute.core import Batch, Experiment, Run
+from jaxcompute.data import augment, memory, sources
+from jaxcompute.errors import BadInput
+from jaxcompute.models import resnet
+
+MODELS = {
+    "20": resnet.ResNet20,
+    "32": resnet.ResNet32,
+    "44": resnet.ResNet44,
+    "56": resnet.ResNet56,
+    "110": resnet.ResNet110,
+    "18": resnet.ResNet18,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Run):
+    depth: Annotated[Literal["20", "32", "44", "56", "110", "18"], "layers; 18 is the wide form"] = "20"
+    batch_size: Annotated[int, "examples a step, over all devices", Range(ge=1, lt=2**31)] = 64
+    epochs: Annotated[float, "passes over the training set", Range(gt=0, lt=2**32)] = 8.0
+    learning_rate: Annotated[float, "at its peak", Range(ge=0)] = 0.06
+    warmup_epochs: Annotated[float, "passes until the peak", Range(ge=0)] = 0.5
+    momentum: Annotated[float, "of SGD, Nesterov's form", Range(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, "L2, on kernels alone", Range(ge=0)] = 5e-4
+    label_smoothing: Annotated[float, "probability spread over all classes", Range(ge=0, lt=1)] = 0.0
+    padding: Annotated[int, "pixels of black a random crop may reach into; 4 for long runs", Range(ge=0, le=32)] = 2
+
+    def __post_init__(self) -> None:
+        if self.warmup_epochs > self.epochs:
+            raise BadInput(
+                f"--config.warmup_epochs={self.warmup_epochs}: is longer than --config.epochs={self.epochs}; give less"
+            )
+
+
+def experiment(config: Config) -> Experiment:
+    data = sources.load("cifar10")
+    steps = optim.total_steps(config, len(data.train["label"]))
+    warmup = round(config.warmup_epochs * len(data.train["label"]) / config.batch_size)
+    schedule = optim.warmup_cosine(config.learning_rate, steps, warmup)
+    return Experiment(
+        config=config,
+        model=MODELS[config.depth](classes=len(data.classes)),
+        loss=losses.cross_entropy(config.label_smoothing),
+        optimizer=optim.sgd(schedule, config.momentum, weight_decay=config.weight_decay),
+        schedule=schedule,
+        train=memory.shuffled(data.train, config.batch_size, config.seed),
+        eval=memory.in_order(data.test, 500),
+        steps=steps,
+        prepare=partial(prepare, config),
+        classes=data.classes,
+    )
+
+
+def prepare(config: Config, batch: Batch, key: jax.Array, train: bool) -> Batch:
+    """Normalise by the training set's mean and deviation; crop and flip in training."""
+    image = augment.normalize(batch["image"], (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    if train:
+        image = augment.per_example(key, image, lambda k, x: augment_one(config, k, x))
+    return batch | {"image": image}
+
+
+def augment_one(config: Config, key: jax.Array, image: jax.Array) -> jax.Array:
+    crop_key, flip_key = jax.random.split(key)
+    return augment.flip(flip_key, augment.crop(crop_key, image, config.padding))

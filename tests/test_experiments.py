@@ -1,0 +1,111 @@
+"""Every experiment is built and run for two steps, on real data where it needs some."""
+
+import dataclasses
+import importlib
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxcompute import config, step, train
+from jaxcompute.core import Run
+from jaxcompute.data import memory
+
+ROOT = Path(__file__).parents[1]
+NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
+NEED_DATA = {"mnist_lenet", "fashion_cnn", "cifar_cnn", "cifar_resnet"}
+
+
+def build(name: str, **fields):
+    module = importlib.import_module(f"experiments.{name}")
+    config = module.Config(**({"batch_size": 4, "steps": 2, "log_every": 1, "mesh_data": 1} | fields))
+    exp = module.experiment(config)
+    first = jax.tree.map(lambda x: x[:11], exp.eval.feed(0))
+    return dataclasses.replace(exp, eval=memory.in_order(first, 4))
+
+
+def pictures(root: Path) -> dict[str, str]:
+    for split in ("train", "eval"):
+        for label, colour in (("red", (200, 30, 30)), ("green", (30, 200, 30))):
+            (root / split / label).mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (120, 100 + i), colour).save(root / split / label / f"{i}.png")
+    return {"train_dir": str(root / "train"), "eval_dir": str(root / "eval")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_steps(name, request, tmp_path):
+    if name in NEED_DATA:
+        request.getfixturevalue("data_dir")
+    exp = build(name, **(pictures(tmp_path) if name == "folder_cnn" else {}))
+    seen: dict[str, float] = {}
+    state = train.fit(exp, write=lambda at, values: seen.update(values), say=lambda text: None)
+    assert int(state.step) == 2
+    assert np.isfinite(seen["train/loss"])
+    assert np.isfinite(seen["eval/loss"])
+    assert np.isfinite(seen["train/grad_norm"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_field_given_another_default_keeps_its_bounds(name):
+    own = config.fields(importlib.import_module(f"experiments.{name}").Config)
+    for field in config.fields(Run).values():
+        assert own[field.name].kind == field.kind, field.name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_docstring_claims_what_was_measured(name):
+    """A figure, the runs it is of, hardware and time, and the command, as a lab note would."""
+    note = importlib.import_module(f"experiments.{name}").__doc__
+    command = rf"launch.py --experiment={name}\b"
+    for words in (command, r"\d %|\d\.\d+", r"\d (run|seed)", r"\d s\b|\d min", r"\bcores?\b", r"20\d\d-\d\d"):
+        assert re.search(words, note), f"{name}: {words}"
+
+
+def test_every_depth_of_the_cifar_family_has_its_size(data_dir):
+    del data_dir
+    counts = {}
+    for depth in ("20", "32", "44", "56", "110", "18"):
+        exp = build("cifar_resnet", depth=depth, precision="float32")
+        state = jax.eval_shape(lambda feed, exp=exp: step.init(exp, exp.train.batch(feed, 0)), exp.train.feed(0))
+        counts[depth] = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    # He et al. 2015, table 6: 0.27, 0.46, 0.66, 0.85, 1.7 million; 11.17 for the wide form
+    millions = {depth: round(count / 1e6, 2) for depth, count in counts.items()}
+    assert millions == {"20": 0.27, "32": 0.46, "44": 0.66, "56": 0.85, "110": 1.73, "18": 11.17}
+
+
+def test_sigmoid_mlp_gradients_by_the_chain_rule():
+    """2-3-1, all sigmoid, squared error: the derivatives by hand against JAX's, and a step of descent at 0.1."""
+    exp = build("sigmoid_mlp", precision="float32")
+    x, t = exp.train.feed(0)["image"].astype(np.float64), exp.train.feed(0)["label"].astype(np.float64)
+    batch = {"image": jnp.asarray(x, jnp.float32), "label": jnp.asarray(t, jnp.float32)}
+    state = step.init(exp, batch)
+    layers = [state.params[f"Dense_{i}"] for i in (0, 1)]
+    (w1, b1), (w2, b2) = ([np.asarray(layer[name], np.float64) for name in ("kernel", "bias")] for layer in layers)
+    assert (w1.shape, w2.shape) == ((2, 3), (3, 1))
+
+    def sigmoid(z):
+        return 1 / (1 + np.exp(-z))
+
+    h = sigmoid(x @ w1 + b1)  # [4, 3]
+    y = sigmoid(h @ w2 + b2)  # [4, 1]
+    # E = 1/4 sum 1/2 (y - t)^2, and sigmoid'(z) = s (1 - s)
+    dz2 = (y - t) * y * (1 - y) / 4
+    dz1 = (dz2 @ w2.T) * h * (1 - h)
+    by_hand = {
+        "Dense_0": {"kernel": x.T @ dz1, "bias": dz1.sum(0)},
+        "Dense_1": {"kernel": h.T @ dz2, "bias": dz2.sum(0)},
+    }
+    grads, _, metrics = step.gradient(exp, state, batch, jax.random.key(0))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), grads, by_hand)
+    assert metrics["loss"].compute() == pytest.approx(float(((y - t) ** 2).mean() / 2), rel=1e-5)
+
+    new, _ = step.train_step(exp, state, batch)
+    for name, layer in by_hand.items():
+        for kind, gradient in layer.items():
+            want = np.asarray(state.params[name][kind], np.float64) - 0.1 * gradient
+            np.testing.assert_allclose(new.params[name][kind], want, rtol=1e-5, atol=1e-7)
