@@ -1,9 +1,10 @@
 """Residual networks of the CIFAR family on CIFAR-10 (He et al. 2015, section 4.2).
 
-    python launch.py --experiment=cifar_resnet --config.precision=bfloat16 --config.eval_every=2345
+    python launch.py --experiment=cifar_resnet --config.precision=bfloat16 --config.eval_every=3125
 
-83.64 % of the 10,000 test images at depth 20 by an earlier recipe (1 run, seed 0; 8 epochs, batch 128, learning
-rate 0.2, label smoothing 0.1, float32); 60 min of one core of an Intel Xeon (jax 0.10.2), 2026-11-22.
+83.54 % of the 10,000 test images at the last of 8 epochs, depth 20 (1 run, seed 0; bfloat16, as on a GPU); 45 min of
+one core of an Intel Xeon (jax 0.10.2), 2026-11-22. An earlier recipe (batch 128, learning rate 0.2, label smoothing
+0.1, crops of 4 pixels, float32) reached 83.64 % in as many epochs.
 """
 
 import dataclasses
