@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from jaxcompute.models import cnn, lenet, mlp, pooling, resnet
 
@@ -56,15 +57,6 @@ def test_lenet_has_the_papers_sizes_layer_by_layer():
     }
 
 
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
-
-
 @pytest.mark.parametrize("name", SMALL)
 def test_bfloat16_reaches_every_product_and_its_gradient_but_no_statistic(name):
     variables = shapes_of(SMALL[name], 16, 16, 3)
@@ -78,7 +70,7 @@ def test_bfloat16_reaches_every_product_and_its_gradient_but_no_statistic(name):
     step = jax.value_and_grad(loss, has_aux=True)
     products = [
         equation
-        for equation in equations(jax.make_jaxpr(step)(params, variables, image).jaxpr)
+        for equation in tiny.equations(jax.make_jaxpr(step)(params, variables, image).jaxpr)
         if equation.primitive.name in ("conv_general_dilated", "dot_general")
     ]
     assert len(products) >= 3 * 3 - 1  # at least three layers, each forward and twice backward but for the input

@@ -20,22 +20,12 @@ start = jax.jit(step.init, static_argnums=0)
 advance = jax.jit(step.train_step, static_argnums=0)
 
 
-def eqns(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            for inner in jax.tree.leaves(value, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from eqns(inner)
-
-
 def test_bfloat16_in_every_convolution_and_product_and_float32_in_all_of_state():
     exp = ready(tiny.resnet(ema=0.9), "bfloat16")
     batch = tiny.random_batch()
     state = jax.eval_shape(lambda b: step.init(exp, b), batch)
     jaxpr = jax.make_jaxpr(lambda s, b: step.train_step(exp, s, b))(state, batch)
-    heavy = [e for e in eqns(jaxpr.jaxpr) if e.primitive.name in ("conv_general_dilated", "dot_general")]
+    heavy = [e for e in tiny.equations(jaxpr.jaxpr) if e.primitive.name in ("conv_general_dilated", "dot_general")]
     assert len(heavy) > 10  # forward and backward
     for eqn in heavy:
         assert {v.aval.dtype for v in eqn.invars} == {jnp.dtype("bfloat16")}, eqn

@@ -1,5 +1,6 @@
 """Small experiments on made-up data, for tests of the core."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -66,3 +67,14 @@ def constant_loss(value: float) -> Any:
         return scalar, metrics
 
     return loss
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a jaxpr, those of the jaxprs inside it too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in jax.tree.leaves(value, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
