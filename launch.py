@@ -6,6 +6,7 @@
     python launch.py --experiment=digits_cnn --workdir=DIR --mode=replay    the step that was not finite, layer by layer
     python launch.py --experiment=digits_cnn --mode=verify_resume           is a killed run the unbroken one?
     python launch.py --experiment=digits_cnn --sweep=seed=0,1,2             a run a value, and a table
+    python launch.py --mode=doctor                                          is this machine fit to train?
 
 Exit codes: 0 done, 1 a run failed, 2 bad input, 128 + n stopped by signal n and saved.
 """
@@ -15,6 +16,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -29,18 +31,24 @@ flags.DEFINE_string("experiment", None, "name of a file of experiments/")
 flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "replay", "verify_resume"],
+    ["train", "evaluate", "replay", "verify_resume", "doctor"],
     "train; evaluate the best checkpoint, else the latest; replay the step that was not finite and say what was first; "
-    "verify_resume: kill a short run at random and compare it with an unbroken one, bit for bit",
+    "verify_resume: kill a short run at random and compare it with an unbroken one, bit for bit; "
+    "doctor: a page of checks of this machine, each with its mend, and ten seconds of measurement",
 )
 flags.DEFINE_string("workdir", None, "where the run is left and goes on from; default runs/<experiment>/<time>")
 flags.DEFINE_string("data_dir", None, "where data sets are; default $JAXCOMPUTE_DATA_DIR, else in the user's cache")
 flags.DEFINE_bool("allow_changes", False, "go on in a work directory with other steps, periods or meshes than it has")
 flags.DEFINE_multi_string("sweep", [], "field=v1,v2: a run for each value; given again, for each combination")
+flags.DEFINE_bool("json", False, "doctor: print JSON")
 FLAGS = flags.FLAGS
 
 
 def main(argv: list[str]) -> None:
+    if FLAGS.data_dir:
+        os.environ["JAXCOMPUTE_DATA_DIR"] = FLAGS.data_dir
+    if FLAGS.mode == "doctor":
+        doctor()  # before jax, which may be what is ill
     import jax
 
     from jaxcompute import sharding
@@ -57,8 +65,6 @@ def main(argv: list[str]) -> None:
     module = configs.load(FLAGS.experiment, ROOT)
     # of a run that goes on: its config, and the flags that are given
     config = configs.from_flags(module.Config, config_of(workdir, module.Config))
-    if FLAGS.data_dir:
-        os.environ["JAXCOMPUTE_DATA_DIR"] = FLAGS.data_dir
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -76,6 +82,17 @@ def main(argv: list[str]) -> None:
         replay(module.experiment(config), workdir)
     else:
         train(module.experiment(config), workdir)
+
+
+def doctor() -> NoReturn:
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    from jaxcompute.compute import doctor
+    from jaxcompute.data import sources
+
+    logging.set_verbosity(logging.WARNING)
+    cache = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    sys.exit(doctor.run(cache, Path(FLAGS.workdir or "runs"), sources.data_dir(), FLAGS.json))
 
 
 def config_of(workdir: Path, cls: type):

@@ -82,14 +82,20 @@ def resolve(exp: Experiment, mesh: jax.sharding.Mesh) -> Experiment:
         config = dataclasses.replace(config, precision="float32" if cpu else "bfloat16")
     if config.precision == "float64" and not jax.config.read("jax_enable_x64"):
         raise BadInput("precision float64 needs jax.config.update('jax_enable_x64', True) before anything else of jax")
-    jaxlib, flags = importlib.metadata.version("jaxlib"), os.environ.get("XLA_FLAGS", "")
-    if cpu and config.precision == "bfloat16" and jaxlib in BROKEN_BFLOAT16 and MEND not in flags:
+    if config.precision == "bfloat16" and broken_bfloat16(mesh.devices.flat[0].platform):
+        jaxlib = importlib.metadata.version("jaxlib")
         raise BadInput(f"bfloat16 on the CPU is broken in jaxlib {jaxlib}: set XLA_FLAGS={MEND}")
     if config.steps_per_call == 0:
         # a rolled loop over convolutions is some 30 times slower on the CPU; a streamed batch is one step's
         config = dataclasses.replace(config, steps_per_call=1 if cpu or not exp.train.resident else 8)
     rows = -(-exp.eval.batch_size // mesh.size) * mesh.size
     return dataclasses.replace(exp, config=config, eval=exp.eval.with_batch_size(rows))
+
+
+def broken_bfloat16(platform: str) -> bool:
+    """Whether this jaxlib computes bfloat16 wrongly on such devices, and no flag mends it."""
+    jaxlib, flags = importlib.metadata.version("jaxlib"), os.environ.get("XLA_FLAGS", "")
+    return platform == "cpu" and jaxlib in BROKEN_BFLOAT16 and MEND not in flags.split()
 
 
 def compile(exp: Experiment, mesh: jax.sharding.Mesh) -> Program:
