@@ -9,6 +9,7 @@ import csv
 import datetime
 import fcntl
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -72,7 +73,7 @@ def lock(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writer(workdir: Path, step: int) -> Iterator[Writer]:
+def writer(workdir: Path, step: int, say: Callable[[str], None] = print) -> Iterator[Writer]:
     """Open the log of a run that starts, or starts again, at a step.
 
     Lines of later steps, torn lines and rubbish are dropped first. A (step, tag) that already stands is not written
@@ -81,6 +82,7 @@ def writer(workdir: Path, step: int) -> Iterator[Writer]:
     Args:
         workdir: exists.
         step: of the State the run goes on from; 0 for a new one.
+        say: is told where tensorboardX is missing, and with it the events.
     """
     rows = [row for row in _rows(workdir) if row[0] <= step]
     table = _merged(rows)
@@ -91,7 +93,7 @@ def writer(workdir: Path, step: int) -> Iterator[Writer]:
     with (
         (workdir / "metrics.jsonl").open("a", encoding="utf-8") as jsonl,
         _sheet(workdir, table) as sheet,
-        _events(workdir) as event,
+        _events(workdir, say) as event,
     ):
         for row in rows:
             event(*row)
@@ -183,7 +185,11 @@ def _sheet(workdir: Path, table: Mapping[int, Mapping[str, float]]) -> Iterator[
 
 
 @contextlib.contextmanager
-def _events(workdir: Path) -> Iterator[Callable[[int, float, dict[str, float]], None]]:
+def _events(workdir: Path, say: Callable[[str], None]) -> Iterator[Callable[[int, float, dict[str, float]], None]]:
+    if importlib.util.find_spec("tensorboardX") is None:
+        say("tensorboardX is not installed: this run leaves no TensorBoard events; pip install tensorboardX")
+        yield lambda step, when, values: None
+        return
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -298,7 +298,7 @@ def loop(
         say(f"after a kill the same command goes on with --workdir={workdir}")
     announce(program, say)
     eval_every = config.eval_every or max(1, round(exp.train.size / exp.train.batch_size))
-    files = log.writer(workdir, at) if workdir else contextlib.nullcontext(lambda step, values: None)
+    files = log.writer(workdir, at, say) if workdir else contextlib.nullcontext(lambda step, values: None)
     rules = (config.keep_last, config.keep_best, exp.best)
     saver = checkpoint.Saver(workdir / "checkpoints", *rules) if workdir else contextlib.nullcontext()
     pending: list[tuple[int, float, Future[tuple[Metrics, float]]]] = []  # a log period the device may be working on

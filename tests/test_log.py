@@ -1,5 +1,6 @@
 import contextlib
 import csv
+import importlib.util
 import io
 import json
 import math
@@ -140,6 +141,25 @@ def test_killed_and_started_again_each_step_stands_once(tmp_path: Path):
     assert [line["step"] for line in lines(tmp_path)] == steps
     assert [int(row[0]) for row in sheet(tmp_path)[1:]] == steps
     assert [step for step, tag, _ in events(tmp_path) if tag == "a"] == steps
+
+
+def test_without_tensorboardx_all_but_the_events_is_written_and_a_run_with_it_makes_them_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", {}.get)
+        with log.writer(tmp_path, 0, said.append) as write:
+            write(10, {"a": 0.5})
+    assert said == ["tensorboardX is not installed: this run leaves no TensorBoard events; pip install tensorboardX"]
+    assert lines(tmp_path) == [{"step": 10, "a": 0.5}]
+    assert sheet(tmp_path) == [["step", "a"], ["10", "0.5"]]
+    assert not list(tmp_path.glob("events*"))
+
+    with log.writer(tmp_path, 10, said.append):
+        pass
+    assert events(tmp_path) == [(10, "a", 0.5)]
+    assert len(said) == 1
 
 
 def test_status_and_what_made_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
