@@ -34,7 +34,7 @@ MODELS = {
 class Config(Run):
     depth: Annotated[Literal["20", "32", "44", "56", "110", "18"], "layers; 18 is the wide form"] = "20"
     batch_size: Annotated[int, "examples a step, over all devices", Range(ge=1, lt=2**31)] = 64
-    epochs: Annotated[float, "passes over the training set", Range(gt=0, lt=2**32)] = 8.0
+    epochs: Annotated[float, "passes over the training set", Range(gt=0, lt=2**32)] = 10.0
     learning_rate: Annotated[float, "at its peak", Range(ge=0)] = 0.06
     warmup_epochs: Annotated[float, "passes until the peak", Range(ge=0)] = 0.5
     momentum: Annotated[float, "of SGD, Nesterov's form", Range(ge=0, lt=1)] = 0.9

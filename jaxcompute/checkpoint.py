@@ -387,9 +387,11 @@ def _spec(leaf: Any) -> str:
 def _fetch(state: PyTree) -> dict[str, np.ndarray]:
     """Copies on the host. On the CPU a mere view would share the buffers, and so forbid their donation."""
     leaves = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in _named(state).items()}
-    for leaf in leaves.values():
+    for name, leaf in leaves.items():
         if isinstance(leaf, jax.Array):
-            leaf.copy_to_host_async()
+            # a second handle to the same buffers, as jax 0.11 keeps such a view with the handle that was copied from
+            leaves[name] = jax.device_put(leaf, leaf.sharding, may_alias=True)
+            leaves[name].copy_to_host_async()
     return {name: np.array(leaf) for name, leaf in leaves.items()}
 
 

@@ -1,11 +1,14 @@
 """The models: sizes as published, bfloat16 where it is asked for, and which example may depend on which."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.tree_util import tree_leaves_with_path
 
 from jaxcompute.models import cnn, lenet, mlp, pooling, resnet
 
@@ -100,17 +103,25 @@ def test_examples_meet_in_batch_norm_alone_and_only_while_training(name):
 
 
 @pytest.mark.parametrize(("stride", "features"), [(1, 4), (2, 8)])
-def test_a_new_block_is_its_parameter_free_shortcut(stride, features):
+def test_a_block_is_its_parameter_free_shortcut_and_two_convolutions(stride, features):
     image = jax.random.normal(jax.random.key(0), (2, 6, 6, 4))
     block = resnet.Block(features, stride)
 
     @jax.jit
-    def initial(image):
-        return block.init_with_output(jax.random.key(1), image, True)[0]
+    def outputs(image):  # as it starts, and with the last scale at zero
+        variables = block.init(jax.random.key(1), image, True)
+        silent = variables["params"] | {"BatchNorm_1": {name: jnp.zeros(features) for name in ("scale", "bias")}}
+        start = [leaf for path, leaf in tree_leaves_with_path(variables["params"]) if path[-1].key == "scale"]
+        apply = partial(block.apply, x=image, train=True, mutable=["batch_stats"])
+        return start, apply(variables)[0], apply(variables | {"params": silent})[0]
 
+    start, whole, shortcut = outputs(image)
+    np.testing.assert_array_equal(start, np.ones((2, features)))
     expected = np.zeros((2, 6 // stride, 6 // stride, features), np.float32)
     expected[..., :4] = np.maximum(image[:, ::stride, ::stride], 0)
-    np.testing.assert_array_equal(initial(image), expected)
+    np.testing.assert_array_equal(shortcut, expected)
+    added = np.asarray(whole - shortcut).reshape(-1, features).std(0)
+    assert (added > 0.2).all()
 
 
 @pytest.mark.parametrize("model", [mlp.MLP((64,), 3, dropout=0.5), cnn.CNN((2,), (64,), 3, dropout=0.5)])
