@@ -103,6 +103,15 @@ def run(code, **environment):
 # Stock sets
 
 
+@pytest.mark.parametrize("placed", [True, False])
+def test_a_set_to_prepare_without_tfds_is_refused_in_a_line(small, tmp_path, monkeypatch, placed):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    if placed:
+        place(tmp_path / "downloads/manual", small["mnist"])
+    with pytest.raises(BadInput, match=r"^to prepare a set tensorflow_datasets is needed [^\n]*, or place the \.npz"):
+        sources.load("mnist", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["mnist", "cifar100"])
 def test_from_archive_to_arrays_and_to_anyones_tfds(small, tmp_path, offline, name, capfd):
     place(tmp_path / "downloads/manual" / name, small[name])

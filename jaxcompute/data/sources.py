@@ -392,7 +392,13 @@ def _line(error: BaseException) -> str:
 
 def _tfds() -> Any:
     """Imported here alone, for it takes most of a second; untyped, for so is much of it."""
-    return importlib.import_module("tensorflow_datasets")
+    try:
+        return importlib.import_module("tensorflow_datasets")
+    except ModuleNotFoundError as error:
+        raise BadInput(
+            f"to prepare a set {error.name} is needed and not installed: pip install tensorflow-datasets "
+            "importlib_resources array_record, or place the .npz that another machine has made in <data_dir>/jaxcompute"
+        ) from error
 
 
 def _prepared(name: str, root: Path) -> bool:
