@@ -22,7 +22,7 @@ from absl import app, flags, logging
 
 from jaxcompute import config as configs
 from jaxcompute import log
-from jaxcompute.errors import BadInput
+from jaxcompute.errors import BadInput, Elsewhere
 
 ROOT = Path(__file__).parent / "experiments"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxcompute"
@@ -41,6 +41,9 @@ flags.DEFINE_string("data_dir", None, "where data sets are; default $JAXCOMPUTE_
 flags.DEFINE_bool("allow_changes", False, "go on in a work directory with other steps, periods or meshes than it has")
 flags.DEFINE_multi_string("sweep", [], "field=v1,v2: a run for each value; given again, for each combination")
 flags.DEFINE_bool("json", False, "doctor: print JSON")
+flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where a launcher does not tell jax")
+flags.DEFINE_integer("processes", None, "how many there are; with --coordinator")
+flags.DEFINE_integer("process", None, "which one this is, from 0; with --coordinator")
 FLAGS = flags.FLAGS
 
 
@@ -51,7 +54,7 @@ def main(argv: list[str]) -> None:
         doctor()  # before jax, which may be what is ill
     import jax
 
-    from jaxcompute import sharding
+    from jaxcompute import distributed, sharding
 
     logging.set_verbosity(logging.WARNING)  # jax tells of every backend that it does not find
     if not FLAGS.experiment:
@@ -60,11 +63,16 @@ def main(argv: list[str]) -> None:
         raise BadInput(f"--mode={FLAGS.mode}: say which run, --workdir=DIR")
     if FLAGS.mode != "train" and FLAGS.sweep:
         raise BadInput(f"--mode={FLAGS.mode} --sweep: a sweep trains; take its runs one by one, --workdir=DIR")
+    distributed.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+    if distributed.several() and (FLAGS.sweep or FLAGS.mode in ("replay", "verify_resume")):
+        raise BadInput("a sweep, --mode=replay and --mode=verify_resume are of one process; start it once")
     # with the process, as two runs may start in one second
-    workdir = Path(FLAGS.workdir or f"runs/{FLAGS.experiment}/{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}")
-    module = configs.load(FLAGS.experiment, ROOT)
-    # of a run that goes on: its config, and the flags that are given
-    config = configs.from_flags(module.Config, config_of(workdir, module.Config))
+    now = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+    workdir = Path(FLAGS.workdir or distributed.share(f"runs/{FLAGS.experiment}/{now}"))
+    with distributed.together():
+        module = configs.load(FLAGS.experiment, ROOT)
+        # of a run that goes on: its config, and the flags that are given
+        config = configs.from_flags(module.Config, config_of(workdir, module.Config))
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -73,15 +81,12 @@ def main(argv: list[str]) -> None:
     if FLAGS.sweep:
         sweep(module, config, workdir)
         return
-    sharding.check_batch(sharding.make_mesh(config), config)  # told before any data is read
-    if FLAGS.mode == "evaluate":
-        evaluate(module.experiment(config), workdir)
-    elif FLAGS.mode == "verify_resume":
+    if FLAGS.mode == "verify_resume":
         verify_resume()
-    elif FLAGS.mode == "replay":
-        replay(module.experiment(config), workdir)
-    else:
-        train(module.experiment(config), workdir)
+    with distributed.together():
+        sharding.check_batch(sharding.make_mesh(config), config)  # told before any data is read
+        exp = module.experiment(config)
+    {"train": train, "evaluate": evaluate, "replay": replay}[FLAGS.mode](exp, workdir)
 
 
 def doctor() -> NoReturn:
@@ -109,9 +114,12 @@ def config_of(workdir: Path, cls: type):
 
 
 def train(exp, workdir: Path) -> None:
+    import jax
+
     from jaxcompute import train as trainer
 
-    show, say = log.console(exp.steps)
+    first = jax.process_index() == 0  # of several processes it alone speaks
+    show, say = log.console(exp.steps) if first else (quiet, quiet)
     seen: dict[str, float] = {}
 
     def write(step: int, values: dict[str, float]) -> None:
@@ -134,16 +142,24 @@ def train(exp, workdir: Path) -> None:
     except OSError as error:  # a full disk, say; what was saved before stands
         say(str(error))
         sys.exit(1)
-    if exp.classes:
+    if first and exp.classes:
         say(log.evaluation_table(workdir))
     say(f"to evaluate: {again} --mode=evaluate")
 
 
 def evaluate(exp, workdir: Path) -> None:
+    import jax
+
     from jaxcompute import train as trainer
 
-    trainer.evaluate_checkpoint(exp, workdir)
-    print(log.evaluation_table(workdir))
+    first = jax.process_index() == 0
+    trainer.evaluate_checkpoint(exp, workdir, print if first else quiet)
+    if first:
+        print(log.evaluation_table(workdir))
+
+
+def quiet(*_) -> None:
+    """What is said where another process speaks."""
 
 
 def replay(exp, workdir: Path) -> None:
@@ -177,6 +193,8 @@ def launch() -> None:
     except BadInput as error:
         print(" ".join(str(error).split()), file=sys.stderr)  # a line, whatever stands in a path
         sys.exit(2)
+    except Elsewhere as error:  # told there
+        sys.exit(error.code)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 import jaxcompute
 from jaxcompute.core import PyTree, State
@@ -121,7 +122,8 @@ def restore(directory: Directory, step: int, like: PyTree) -> State:
     with ThreadPoolExecutor() as pool:
         for check in [pool.submit(_check, folder, name, seal) for name, seal in saved["files"].items()]:
             check.result()
-    arrays = _orbax().PyTreeCheckpointer().restore((folder / "state").absolute())
+    with _checkpointer() as checkpointer:
+        arrays = checkpointer.restore((folder / "state").absolute())
     if _digest(saved["arrays"], arrays) != saved["digest"]:
         raise Damaged(_damage(folder, "state", "gives other arrays than were saved"))
     state = jax.tree.map(_place, like, jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted]))
@@ -188,8 +190,9 @@ def _damage(folder: Path, name: str, what: str) -> str:
 
 def _place(leaf: Any, array: np.ndarray) -> jax.Array:
     if _is_key(leaf):
-        return jax.device_put(jax.random.wrap_key_data(jnp.asarray(array), impl=_impl(leaf)), leaf.sharding)
-    return jax.device_put(array, leaf.sharding)
+        wrap = functools.partial(jax.random.wrap_key_data, impl=_impl(leaf))
+        return jax.jit(wrap, out_shardings=leaf.sharding)(array)
+    return jax.make_array_from_process_local_data(leaf.sharding, array, array.shape)
 
 
 # Save
@@ -206,6 +209,8 @@ class Saver:
     failed is an OSError of one line at the next save, poll or wait, at the latest at the end of the block: never lost.
     It leaves the older steps as they were; the caller may catch it and go on.
 
+    Of several processes all must save, as each holds a share of what is split; process 0 gathers, writes and waits.
+
     Args:
         directory: made if need be; rubbish of runs that were killed is cleared. Only one Saver at a time may use it.
         keep_last: newest steps kept, at least the newest.
@@ -217,11 +222,13 @@ class Saver:
         self.directory = Path(directory).absolute()
         self.keep_last, self.keep_best, self.rank = max(1, keep_last), keep_best, rank
         self._flight: Future[None] | None = None
+        self._writes = jax.process_index() == 0
 
     def __enter__(self) -> "Saver":
-        self.directory.mkdir(parents=True, exist_ok=True)
-        _sync(self.directory.parent)
-        clean(self.directory)
+        if self._writes:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _sync(self.directory.parent)
+            clean(self.directory)
         # Not left to the interpreter's exit: by then no library may start a thread, and Orbax needs some to write.
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         return self
@@ -254,9 +261,9 @@ class Saver:
         """
         start = time.perf_counter()
         self.wait()
-        # Several processes: here each would gather what it lacks of the arrays (multihost_utils.process_allgather), all
-        # but process 0 return, and the others wait for its commit before they restore.
         arrays = _fetch(state)
+        if not self._writes:
+            return time.perf_counter() - start
         content = {
             "step": int(arrays["step"]),
             "metrics": {name: _finite(value) for name, value in metrics.items()} if metrics is not None else None,
@@ -318,10 +325,8 @@ def _write(temporary: Path, arrays: dict[str, np.ndarray], content: dict[str, An
     need, free = sum(array.nbytes for array in arrays.values()) + 2**20, shutil.disk_usage(temporary).free
     if free < need:  # told before Orbax, whose writers each complain on the screen
         raise OSError(f"{os.strerror(errno.ENOSPC)}: {free / 1e6:.1f} MB are free, {need / 1e6:.1f} are needed")
-    ocp = _orbax()
-    # Weights do not compress: without it a large save is twice as fast.
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
-        checkpointer.save(temporary / "state", args=ocp.args.PyTreeSave(arrays))
+    with _checkpointer() as checkpointer:
+        checkpointer.save(temporary / "state", args=_orbax().args.PyTreeSave(arrays))
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:
         seals = pool.map(functools.partial(_seal, sync=True), files)
@@ -392,7 +397,14 @@ def _fetch(state: PyTree) -> dict[str, np.ndarray]:
             # a second handle to the same buffers, as jax 0.11 keeps such a view with the handle that was copied from
             leaves[name] = jax.device_put(leaf, leaf.sharding, may_alias=True)
             leaves[name].copy_to_host_async()
-    return {name: np.array(leaf) for name, leaf in leaves.items()}
+    return {name: np.array(_whole(leaf)) for name, leaf in leaves.items()}
+
+
+def _whole(leaf: Any) -> Any:
+    """The array itself; where other processes hold parts of it, gathered from them."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return leaf
+    return multihost_utils.process_allgather(leaf, tiled=True)
 
 
 def _is_key(leaf: Any) -> bool:
@@ -436,6 +448,15 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _checkpointer() -> Any:
+    """Orbax's, of this process alone: of several it would make each wait for the others."""
+    ocp, me = _orbax(), jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me))
+    # Weights do not compress: without it a large save is twice as fast.
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 @functools.cache

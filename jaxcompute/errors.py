@@ -6,3 +6,11 @@ class BadInput(Exception):
 
     Its message is one line that names what is wrong, where, and the mend. `launch.py` prints it and exits with 2.
     """
+
+
+class Elsewhere(Exception):
+    """Another process failed, and tells of it itself; `code` is the exit code it ends with."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code

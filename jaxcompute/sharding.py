@@ -36,7 +36,13 @@ def make_mesh(config: Run, devices: list[Any] | None = None) -> Mesh:
     if not 0 < math.prod(shape) <= len(devices):
         wanted = " x ".join(f"{name}={size}" for name, size in sizes.items())
         raise BadInput(f"--config.{wanted}: needs {fixed} devices and there are {len(devices)}; take fewer, or -1")
-    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices[: math.prod(shape)])
+    chosen = devices[: math.prod(shape)]
+    if len({device.process_index for device in chosen}) < jax.process_count():
+        raise BadInput(
+            f"{len(chosen)} of {len(devices)} devices would leave some of the {jax.process_count()} processes idle: "
+            "take them all, --config.mesh_data=-1, or start fewer processes"
+        )
+    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=chosen)
 
 
 def check_batch(mesh: Mesh, config: Run) -> None:
@@ -85,6 +91,7 @@ def split(mesh: Mesh, batch: Batch) -> Batch:
     return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))
 
 
-def put(mesh: Mesh, spec: PartitionSpec, arrays: dict[str, np.ndarray]) -> Batch:
-    """Host arrays onto the devices."""
-    return jax.device_put(arrays, NamedSharding(mesh, spec))
+def put(mesh: Mesh, spec: PartitionSpec, arrays: PyTree) -> PyTree:
+    """Host arrays onto the devices; of several processes each gives the whole, and places its own devices' share."""
+    at = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(at, np.asarray(x), np.shape(x)), arrays)

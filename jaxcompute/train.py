@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompute import checkpoint, log, metrics, sharding, step
+from jaxcompute import checkpoint, distributed, log, metrics, sharding, step
 from jaxcompute.core import Batch, Experiment, Run, Source, State, Writer
 from jaxcompute.errors import BadInput
 from jaxcompute.metrics import Last, Metrics
@@ -217,23 +217,38 @@ def fit(
         NonFinite: a loss or gradient was not finite; the checkpoints before it stand, and nonfinite/ has that step.
         Preempted: SIGTERM or SIGINT came; the State has been saved.
     """
-    with log.lock(workdir) if workdir else contextlib.nullcontext(), stop_signals() as signals:
-        mesh = mesh or sharding.make_mesh(exp.config)
-        exp = resolve(exp, mesh)
-        if workdir is None:
-            return loop(exp, None, mesh, write, say, signals)
-        claim(workdir, exp, allow_changes)
+    home = home_of(workdir)
+    with contextlib.ExitStack() as held, stop_signals() as signals:
+        with distributed.together():
+            if home:
+                held.enter_context(log.lock(home))
+            mesh = mesh or sharding.make_mesh(exp.config)
+            exp = resolve(exp, mesh)
+            if workdir:
+                claim(workdir, exp, allow_changes)
+
+        def ended(kind: Literal["preempted", "failed"], why: object) -> None:
+            if home:
+                message = " ".join(str(why).split()) or type(why).__name__
+                log.status(home, kind, step=log.read_status(home).get("step", 0), of=exp.steps, message=message)
+
+        alike = Preempted, NonFinite
         try:
-            state = loop(exp, workdir, mesh, write, say, signals)
+            with distributed.agreed(signals, alike, lost=functools.partial(ended, "failed")) as stop:
+                state = loop(exp, workdir, mesh, write, say, signals, stop)
         except BadInput:
             raise  # nothing ran
         except BaseException as error:
-            kind = "preempted" if isinstance(error, Preempted) else "failed"
-            message = " ".join(str(error).split()) or type(error).__name__
-            log.status(workdir, kind, step=log.read_status(workdir).get("step", 0), of=exp.steps, message=message)
+            ended("preempted" if isinstance(error, Preempted) else "failed", error)
             raise
-        log.status(workdir, "done", step=exp.steps, of=exp.steps)
+        if home:
+            log.status(home, "done", step=exp.steps, of=exp.steps)
         return state
+
+
+def home_of(workdir: Path | None) -> Path | None:
+    """The work directory as this process may write it: process 0 alone does. All read it, so all must see it."""
+    return workdir if jax.process_index() == 0 else None
 
 
 def claim(workdir: Path, exp: Experiment, allow_changes: bool) -> None:
@@ -283,22 +298,25 @@ def loop(
     write: Writer | None,
     say: Callable[[str], None],
     signals: list[int],
+    stop_after: Callable[[int], bool],
 ) -> State:
     """From where the work directory stands to the last step, or to the call after a signal."""
-    config = exp.config
-    program = compile(exp, mesh)
-    at, state, sums = restart(program, workdir, say)
-    if workdir:
-        leave_config(workdir, exp, mesh)  # not before its checkpoints are known to fit
+    config, home = exp.config, home_of(workdir)
+    with distributed.together():
+        program = compile(exp, mesh)
+        found = checkpoint.restore_newest(workdir / "checkpoints", program.abstract, say) if workdir else None
+    at, state, sums = restart(program, workdir, found, say)
+    if home:
+        leave_config(home, exp, mesh)  # not before its checkpoints are known to fit
     if at >= exp.steps:
         say(f"already at step {at:,} of {exp.steps:,}: nothing to do")
         return state
-    if workdir:
-        log.status(workdir, "running", step=at, of=exp.steps)
+    if home:
+        log.status(home, "running", step=at, of=exp.steps)
         say(f"after a kill the same command goes on with --workdir={workdir}")
     announce(program, say)
     eval_every = config.eval_every or max(1, round(exp.train.size / exp.train.batch_size))
-    files = log.writer(workdir, at, say) if workdir else contextlib.nullcontext(lambda step, values: None)
+    files = log.writer(home, at, say) if home else contextlib.nullcontext(lambda step, values: None)
     rules = (config.keep_last, config.keep_best, exp.best)
     saver = checkpoint.Saver(workdir / "checkpoints", *rules) if workdir else contextlib.nullcontext()
     pending: list[tuple[int, float, Future[tuple[Metrics, float]]]] = []  # a log period the device may be working on
@@ -340,9 +358,10 @@ def loop(
 
         def save(results: dict[str, float], carried: list[Any]) -> None:
             """The sums go with the State, so that a run that goes on logs the unbroken run's values."""
-            if saver and workdir:
+            if saver:
                 saver.save(state, results, {"sums": carried})
-                log.status(workdir, "running", step=at, of=exp.steps)
+            if home:
+                log.status(home, "running", step=at, of=exp.steps)
             clock.restart(at)
 
         while at < exp.steps:
@@ -353,7 +372,7 @@ def loop(
                 feed = program.feed(at)
             state, sums = program.steps(count)(state, sums, feed)
             at += count
-            last, stop = at == exp.steps, bool(signals)
+            last, stop = at == exp.steps, stop_after(at)
 
             if due(before, at, config.log_every) or last:
                 report()
@@ -370,14 +389,15 @@ def loop(
                 if not np.isfinite(list(scalars.values())).all():  # the last step spoiled what it left
                     raise NonFinite(f"step {at}: the evaluation is not finite")
                 tell(at, {f"eval/{name}": value for name, value in scalars.items()})
-                if workdir:
-                    log.evaluation(workdir, at, results, exp.classes)
+                if home:
+                    log.evaluation(home, at, results, exp.classes)
                 save(scalars, carried)
             elif due(before, at, config.save_every) or stop:
                 save({}, settle())
-            if stop and not last:
-                if saver:
+            if (stop or last) and saver:
+                with distributed.together():  # process 0 alone has something to wait for
                     saver.wait()
+            if stop and not last:
                 raise Preempted(signals[0], at, saved=bool(saver))
     return state
 
@@ -388,10 +408,13 @@ def keep_nonfinite(program: Program, state: State, folder: Path) -> None:
     Raises:
         OSError: they could not be written.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
     feed = program.feed(int(jax.device_get(state.step)))
-    np.savez(folder / "batch.npz", **jax.device_get(jax.jit(program.exp.train.batch)(feed, state.step)))
+    whole = jax.sharding.NamedSharding(program.mesh, sharding.WHOLE)
+    batch = jax.device_get(jax.jit(program.exp.train.batch, out_shardings=whole)(feed, state.step))
+    if home_of(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        np.savez(folder / "batch.npz", **batch)
     with checkpoint.Saver(folder) as saver:
         saver.save(state)
 
@@ -401,9 +424,20 @@ def due(before: int, at: int, every: int) -> bool:
     return every > 0 and at // every > before // every
 
 
-def restart(program: Program, workdir: Path | None, say: Callable[[str], None]) -> tuple[int, State, Metrics]:
-    """Where to go on: the newest good checkpoint's step, State and sums, or step 0."""
-    found = checkpoint.restore_newest(workdir / "checkpoints", program.abstract, say) if workdir else None
+def restart(
+    program: Program, workdir: Path | None, found: tuple[int, State] | None, say: Callable[[str], None]
+) -> tuple[int, State, Metrics]:
+    """Where to go on: the step, State and sums of the checkpoint that was found, or step 0.
+
+    Raises:
+        BadInput: the processes did not find the same one.
+    """
+    own = "none" if found is None else f"of step {found[0]}"
+    first = distributed.share(own)
+    with distributed.together():
+        if own != first:
+            newest = f"the newest checkpoint in {workdir} is {first} for process 0 and {own} for another"
+            raise BadInput(f"{newest}: put the work directory on a file system that all processes share")
     if workdir is None or found is None:
         return 0, program.init(), program.sums()
     at, state = found
@@ -412,8 +446,7 @@ def restart(program: Program, workdir: Path | None, say: Callable[[str], None]) 
     carried = checkpoint.manifest(workdir / "checkpoints", at)["extra"]["sums"]
     leaves, tree = jax.tree.flatten(empty)
     values = [np.asarray(value, leaf.dtype) for value, leaf in zip(carried, leaves, strict=True)]
-    whole = jax.sharding.NamedSharding(program.mesh, sharding.WHOLE)
-    return at, state, jax.device_put(jax.tree.unflatten(tree, values), whole)
+    return at, state, sharding.put(program.mesh, sharding.WHOLE, jax.tree.unflatten(tree, values))
 
 
 def announce(program: Program, say: Callable[[str], None]) -> None:
@@ -442,7 +475,7 @@ class Clock:
     """Rates since the last reading; time spent in evaluations and saves is left out by `restart`."""
 
     def __init__(self, program: Program, at: int):
-        self.devices, self.batch_size = program.mesh.devices, program.exp.config.batch_size
+        self.mesh, self.batch_size = program.mesh, program.exp.config.batch_size
         self.wait = 0.0
         self.restart(at)
 
@@ -468,11 +501,11 @@ class Clock:
         rate = steps * self.batch_size / seconds
         values = {
             "perf/examples_per_sec": rate,
-            "perf/examples_per_sec_per_device": rate / self.devices.size,
+            "perf/examples_per_sec_per_device": rate / self.mesh.size,
             "perf/step_ms": 1e3 * seconds / steps,
             "perf/data_wait_frac": waited / seconds,
         }
-        stats = self.devices.flat[0].memory_stats()
+        stats = self.mesh.local_devices[0].memory_stats()
         if stats and "peak_bytes_in_use" in stats:  # the CPU does not tell
             values["mem/peak_bytes"] = float(stats["peak_bytes_in_use"])
         return values
@@ -509,15 +542,17 @@ def evaluate_checkpoint(exp: Experiment, workdir: Path, say: Callable[[str], Non
         BadInput: there is none, or it is not of this experiment and config.
     """
     directory = workdir / "checkpoints"
-    mesh = sharding.make_mesh(exp.config)
-    program = compile(resolve(exp, mesh), mesh)
-    at = checkpoint.best(directory, exp.best)
-    if at is None:
-        at = max(checkpoint.steps(directory), default=None)
-    if at is None:
-        raise BadInput(f"no checkpoint in {directory}: train first, or give the --workdir of a run that was saved")
-    state = checkpoint.restore(directory, at, program.abstract)
+    with distributed.together():
+        mesh = sharding.make_mesh(exp.config)
+        program = compile(resolve(exp, mesh), mesh)
+        at = checkpoint.best(directory, exp.best)
+        if at is None:
+            at = max(checkpoint.steps(directory), default=None)
+        if at is None:
+            raise BadInput(f"no checkpoint in {directory}: train first, or give the --workdir of a run that was saved")
+        state = checkpoint.restore(directory, at, program.abstract)
     say(f"evaluating step {at:,} of {workdir} on {exp.eval.size:,} examples")
     results = evaluate(program, state)
-    log.evaluation(workdir, at, results, exp.classes)
+    if home := home_of(workdir):
+        log.evaluation(home, at, results, exp.classes)
     return results

@@ -17,7 +17,8 @@ MAY = {
     "sharding": {"core"},
     "log": {"core", "metrics"},
     "checkpoint": {"core", "metrics"},
-    "train": {"core", "step", "sharding", "checkpoint", "log", "metrics"},
+    "distributed": set(),
+    "train": {"core", "step", "sharding", "checkpoint", "distributed", "log", "metrics"},
     "replay": {"train", "core", "step", "sharding", "checkpoint", "log"},
     "verify": {"checkpoint", "log"},
     "losses": {"core", "metrics"},
@@ -36,7 +37,8 @@ MAY = {
 }
 EXPERIMENTS = {"core", "config", "step", "metrics", "models", "data", "losses", "optim", "sharding"}
 FREE_OF_JAX = ["config.py", "log.py", "data/order.py", "data/sources.py", "sweep/grid.py", "compute/doctor.py"]
-LAUNCH = {"config", "data", "train", "sharding", "replay", "verify", "log", "sweep", "compute", "report", "deploy"}
+LAUNCH = {"config", "data", "train", "distributed", "sharding", "replay", "verify", "log"}
+LAUNCH |= {"sweep", "compute", "report", "deploy"}
 
 
 def rooms(file: Path) -> set[str]:

@@ -1,0 +1,190 @@
+"""Several processes over loopback, as a launcher would start them."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxcompute import checkpoint, distributed, log
+from jaxcompute.errors import BadInput
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--experiment=digits_mlp", "--config.features=16", "--config.log_every=10"]
+
+
+class Several:
+    """N processes of a command that takes --coordinator, --processes and --process."""
+
+    def __init__(self, command: list[str], n: int = 2, folders: list[Path] | None = None):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        flags = [f"--coordinator=127.0.0.1:{port}", f"--processes={n}"]
+        self.all = [
+            subprocess.Popen(
+                [sys.executable, *command, *flags, f"--process={i}"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=env,
+                cwd=folders[i] if folders else ROOT,
+            )
+            for i in range(n)
+        ]
+
+    def end(self, seconds: float = 120) -> list[tuple[int, list[str]]]:
+        """Exit code and lines of each, less what the collectives' library says of itself."""
+        ended = []
+        try:
+            for process in self.all:
+                out, err = process.communicate(timeout=seconds)
+                said = [line for line in (out + err).splitlines() if not line.startswith("[Gloo]")]
+                ended.append((process.returncode, said))
+        finally:
+            for process in self.all:
+                process.kill()
+                process.wait()
+        return ended
+
+
+def launch(*flags: str, **kwargs) -> Several:
+    return Several([str(ROOT / "launch.py"), *flags], **kwargs)
+
+
+def close(one: Path, other: Path) -> None:
+    """Both logged the same steps and, up to the order of summation, the same values."""
+    a, b = log.read(one), log.read(other)
+    assert a.keys() == b.keys()
+    for step, values in a.items():
+        for tag in (tag for tag in values if not tag.startswith(("perf/", "mem/"))):
+            assert b[step][tag] == pytest.approx(values[tag], rel=1e-6, abs=1e-7), (step, tag)
+
+
+def test_two_processes_train_as_one_and_each_goes_on_where_the_other_was(launcher, tmp_path):
+    flags = [*SMALL, "--config.steps=60", "--config.eval_every=30"]
+    assert launcher(*flags, f"--workdir={tmp_path / 'one'}", cwd=ROOT).code == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half/checkpoints/60")
+
+    for name in ("two", "half"):
+        (code, said), (other_code, other_said) = launch(*flags, f"--workdir={tmp_path / name}").end()
+        assert (code, other_code) == (0, 0), (said, other_said)
+        assert not other_said  # process 0 alone speaks, and writes:
+        assert checkpoint.steps(tmp_path / name / "checkpoints") == [30, 60]
+        assert any("2 x cpu" in line for line in said)
+        assert ("resuming at step 30 of 60" in said) == (name == "half")
+        close(tmp_path / "one", tmp_path / name)
+    table = json.loads((tmp_path / "two/evaluation.json").read_text())["confusion"]
+    assert sum(map(sum, table)) == 359  # every example once
+
+
+def test_a_signal_to_one_stops_all_after_one_step_and_one_goes_on(launcher, tmp_path):
+    flags = [*SMALL, "--config.steps=1500", "--config.eval_every=1500", "--config.save_every=40"]
+    run = launch(*flags, f"--workdir={tmp_path / 'run'}")
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run").glob("checkpoints/[0-9]*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    run.all[1].send_signal(signal.SIGTERM)
+    (code, said), (other_code, other_said) = run.end(60)
+    assert (code, other_code) == (143, 143), (said, other_said)
+    assert not other_said
+    status = log.read_status(tmp_path / "run")
+    stopped = status["step"]
+    assert status["state"] == "preempted" and 40 <= stopped < 1500
+    assert said[-2] == f"stopped by SIGTERM at step {stopped:,}, saved"
+    assert checkpoint.steps(tmp_path / "run/checkpoints")[-1] == stopped
+
+    resumed = launcher(*flags, f"--workdir={tmp_path / 'run'}", cwd=ROOT)
+    assert resumed.code == 0 and f"resuming at step {stopped:,} of 1,500" in resumed.err
+    assert list(log.read(tmp_path / "run")) == list(range(10, 1501, 10))
+
+
+def test_what_one_process_cannot_use_ends_all_with_one_line(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    (tmp_path / "b/run/checkpoints/7").mkdir(parents=True)
+    (tmp_path / "b/run/checkpoints/7/manifest.json").touch()
+    ended = launch(*SMALL, "--workdir=run", folders=folders).end()
+    assert [code for code, _ in ended] == [2, 2], ended
+    assert ended[0][1] == []
+    (line,) = ended[1][1]
+    assert "run has a checkpoint of step 7 and no config.json" in line
+    assert not (tmp_path / "a/run").exists()
+
+
+FAILS = """
+import sys
+from jaxcompute import distributed
+coordinator, processes, process = (arg.partition("=")[2] for arg in sys.argv[1:])
+distributed.start(coordinator, int(processes), int(process))
+with open("/proc/net/tcp") as ours, open("/proc/net/tcp6") as six:  # state 0A: listening
+    port = f"{int(coordinator.rpartition(':')[2]):04X}"
+    at = [line.split()[1] for line in [*ours, *six] if line.split()[3] == "0A"]
+    there = [address.removeprefix("0000000000000000FFFF0000") for address in at if address.endswith(f":{port}")]
+    assert there == [f"0100007F:{port}"], at
+with distributed.agreed([], (), lambda why: print("lost:", why, flush=True)) as stop:
+    if process == "1":
+        raise OSError("the disk is full")
+    while True:
+        stop(1)
+"""
+
+
+def test_an_error_in_one_loop_ends_the_others_and_the_coordinator_listens_at_its_own_address_alone(tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS)
+    (code, said), (other_code, other_said) = Several([str(tmp_path / "fails.py")]).end(60)
+    assert (code, other_code) == (1, 1), (said, other_said)
+    told = "process 1 failed: the disk is full"
+    assert said == [f"lost: {told}", told]
+    assert other_said[-1] == "OSError: the disk is full"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"coordinator": "localhost:1"}, "--processes and --process missing"),
+        ({"coordinator": "localhost", "processes": 2, "process": 0}, "write HOST:PORT"),
+        ({"coordinator": "localhost:99999", "processes": 2, "process": 0}, "write HOST:PORT"),
+        ({"coordinator": "localhost:1234", "processes": 2, "process": 2}, "--process=2: of 2 processes"),
+        ({"coordinator": "0.0.0.0:1234", "processes": 2, "process": 0}, "every interface"),
+        ({"coordinator": "[::]:1234", "processes": 2, "process": 0}, "every interface"),
+        ({"coordinator": "192.0.2.1:1234", "processes": 2, "process": 0}, "cannot listen there"),
+    ],
+)
+def test_flags_that_join_nothing_are_named(flags, words):
+    with pytest.raises(BadInput, match=words) as caught:
+        distributed.start(**flags)
+    assert "\n" not in str(caught.value)
+    assert not distributed.several()
+
+
+@pytest.mark.parametrize(
+    ("env", "found"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),  # the shell of an allocation
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
+    ],
+)
+def test_a_launcher_of_several_is_told_from_a_shell(env, found, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_"))]:
+        monkeypatch.delenv(name)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.detected() == found
+    if found:  # and what jax cannot find out is a line
+        with pytest.raises(BadInput, match=r"a launcher started several processes: .*; give --coordinator"):
+            distributed.start()
