@@ -10,7 +10,7 @@ import pytest
 import tiny
 from jax.tree_util import tree_leaves_with_path
 
-from jaxcompute.models import cnn, lenet, mlp, pooling, resnet
+from jaxcompute.models import cnn, lenet, mlp, norm, pooling, resnet
 
 SMALL = {
     "mlp": mlp.MLP((8, 8), classes=3),
@@ -170,3 +170,75 @@ def test_max_pool_is_linens_in_every_bit_with_ties_and_odd_sizes(shape, dtype):
 def test_max_pool_hides_no_nan():
     windows = jnp.where(jnp.eye(4, dtype=bool), jnp.nan, jnp.arange(4.0)).reshape(4, 2, 2, 1)
     assert jnp.isnan(pooling.max_pool(windows)).all()
+
+
+def normed(module: type[nn.Module], dtype, *, train: bool, x, cotangent):
+    """Output, new statistics and the gradients in x, scale and bias of a batch norm with given variables."""
+    rng = np.random.default_rng(1)
+    scale, bias, mean, var = (jnp.asarray(v, jnp.float32) for v in rng.uniform(0.5, 2, (4, x.shape[-1])))
+    wide = jnp.promote_types(dtype, jnp.float32)
+    layer = module(use_running_average=not train, momentum=0.8, epsilon=1e-3)
+    stats = {"mean": mean.astype(wide), "var": var.astype(wide)}
+
+    @jax.jit
+    def run(params, x):
+        def apply(params, x):
+            return layer.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
+
+        y, pull, changed = jax.vjp(apply, params, x, has_aux=True)
+        return y, changed, pull(cotangent)
+
+    return run({"scale": scale.astype(dtype), "bias": bias.astype(dtype)}, x)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2), (jnp.float64, 1e-13)], ids=["f32", "bf16", "f64"]
+)
+def test_batch_norm_is_linens(dtype, rtol, train):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(dtype == jnp.float64):
+        x = jnp.asarray(rng.normal(3, 2, (5, 4, 3, 6)), dtype).at[..., 0].set(2)  # a channel of no variance
+        cotangent = jnp.asarray(rng.normal(size=x.shape), dtype)
+        own = normed(norm.BatchNorm, dtype, train=train, x=x, cotangent=cotangent)
+        linen = normed(nn.BatchNorm, dtype, train=train, x=x, cotangent=cotangent)
+        assert jax.tree.map(lambda a: (a.shape, a.dtype), own) == jax.tree.map(lambda a: (a.shape, a.dtype), linen)
+        for a, b in zip(jax.tree.leaves(own[:2]), jax.tree.leaves(linen[:2]), strict=True):
+            np.testing.assert_array_equal(a, b)  # the forward pass has Linen's bits
+        for a, b in zip(jax.tree.leaves(own[2]), jax.tree.leaves(linen[2]), strict=True):
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
+
+
+def test_batch_norm_differentiates_what_it_tells_of_the_batch():
+    """Against autodiff of the formula, cotangents of the mean and the variance too."""
+    rng = np.random.default_rng(2)
+    x, cy = rng.normal(1, 2, (2, 7, 3))
+    scale, bias, cmean, cvar = rng.uniform(0.5, 2, (4, 3))
+
+    def formula(x, scale, bias):
+        mean, var = x.mean(0), x.var(0)
+        return (x - mean) / jnp.sqrt(var + 1e-3) * scale + bias, mean, var
+
+    with jax.enable_x64(True):
+        expected = jax.vjp(formula, x, scale, bias)[1]((cy, cmean, cvar))
+        own = jax.vjp(lambda *args: norm.batch_norm(1e-3, *args), x, scale, bias)[1]((cy, cmean, cvar))
+    for a, b in zip(own, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10)
+
+
+def test_batch_norm_covers_the_global_batch_on_four_devices():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rng = np.random.default_rng(0)
+    x, cotangent = jnp.asarray(rng.normal(size=(2, 8, 2, 2, 3)), jnp.float32)
+    split = jax.device_put((x, cotangent), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    one = normed(norm.BatchNorm, jnp.float32, train=True, x=x, cotangent=cotangent)
+    four = normed(norm.BatchNorm, jnp.float32, train=True, x=split[0], cotangent=split[1])
+    for a, b in zip(jax.tree.leaves(four), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_norm_refuses_a_forward_mode_derivative():
+    x = jnp.ones((4, 2))
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: norm.batch_norm(1e-3, x, x[0], x[0])[0], (x,), (x,))

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 
+from .norm import BatchNorm
 from .pooling import max_pool
 
 
@@ -21,7 +22,7 @@ class CNN(nn.Module):
         for features in self.features:
             x = nn.Conv(features, (3, 3), use_bias=not self.norm)(x)
             if self.norm:
-                x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+                x = BatchNorm(use_running_average=not train, momentum=0.9)(x)
             x = max_pool(nn.relu(x))
         x = x.reshape(x.shape[0], -1)
         for features in self.dense:

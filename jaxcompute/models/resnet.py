@@ -14,9 +14,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from .norm import BatchNorm
+
 Conv3x3 = partial(nn.Conv, kernel_size=(3, 3), padding=1, use_bias=False, kernel_init=nn.initializers.he_normal())
 Conv1x1 = partial(nn.Conv, kernel_size=(1, 1), padding=0, use_bias=False, kernel_init=nn.initializers.he_normal())
-BatchNorm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+Norm = partial(BatchNorm, momentum=0.9)
 
 
 class Block(nn.Module):
@@ -28,7 +30,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        norm = partial(BatchNorm, use_running_average=not train)
+        norm = partial(Norm, use_running_average=not train)
         y = Conv3x3(self.features, strides=self.stride)(x)
         y = nn.relu(norm()(y))
         y = Conv3x3(self.features)(y)
@@ -54,7 +56,7 @@ class ResNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """[B, H, W, C] floats to logits [B, classes]."""
         x = Conv3x3(self.width)(x)
-        x = nn.relu(BatchNorm(use_running_average=not train)(x))
+        x = nn.relu(Norm(use_running_average=not train)(x))
         for stage, blocks in enumerate(self.blocks):
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
