@@ -78,8 +78,15 @@ class Source(Protocol):
         """Batches that hold every example once; the last may be padded."""
         ...
 
-    def feed(self, step: int) -> dict[str, np.ndarray]:
-        """On the host: the arrays the compiled call is given for this step."""
+    def like(self) -> dict[str, np.ndarray]:
+        """Arrays of the shapes and types of `feed`, of the global batch, whatever their values: nothing is read."""
+        ...
+
+    def feed(self, step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]:
+        """On the host: the arrays the compiled call is given for this step.
+
+        Of a source that is not resident, the rows of host `index` of `count`: equal parts, one after the other.
+        """
         ...
 
     def batch(self, feed: Batch, step: jax.Array) -> Batch:
@@ -87,6 +94,10 @@ class Source(Protocol):
         ...
 
     def with_batch_size(self, batch_size: int) -> "Source": ...
+
+    def close(self) -> None:
+        """End the threads and processes that it has; a later `feed` starts others."""
+        ...
 
 
 Prepare = Callable[[Batch, jax.Array, bool], Batch]  # (batch, key, train): cast, normalise, augment

@@ -9,6 +9,7 @@
 with the extra `notebook` and are imported only where something is drawn.
 """
 
+import contextlib
 import io
 import math
 import sys
@@ -103,7 +104,8 @@ def history(rows: Mapping[int, Mapping[str, float]]) -> History:
 def evaluate(exp: Experiment, state: State) -> dict[str, Any]:
     """The evaluation set's metrics, every example counted once: floats, and `confusion` [classes, classes]."""
     mesh = sharding.make_mesh(exp.config)
-    return train.evaluate(train.compile(train.resolve(exp, mesh), mesh), state)
+    with contextlib.closing(train.compile(train.resolve(exp, mesh), mesh)) as program:
+        return train.evaluate(program, state)
 
 
 def predict(exp: Experiment, state: State, images: np.ndarray) -> np.ndarray:
@@ -123,7 +125,7 @@ def predict(exp: Experiment, state: State, images: np.ndarray) -> np.ndarray:
     mesh = sharding.make_mesh(exp.config)
     exp = train.resolve(exp, mesh)
     images = np.asarray(images)
-    like = jax.eval_shape(exp.eval.batch, exp.eval.feed(0), jnp.int32(0))["image"]
+    like = jax.eval_shape(exp.eval.batch, exp.eval.like(), jnp.int32(0))["image"]
     if images.shape[1:] != like.shape[1:] or images.dtype.kind != like.dtype.kind or not len(images):
         wanted = f"{like.dtype} [N, {', '.join(map(str, like.shape[1:]))}]"
         raise BadInput(f"images are {images.dtype} {list(images.shape)}; give {wanted}, as in the evaluation set")

@@ -22,7 +22,7 @@ def init(exp: Experiment, batch: Batch) -> State:
     """The State at step 0; of batch [B, ...], as the source gives it, only the shapes matter."""
     wide = jnp.promote_types(DTYPES[exp.config.precision], jnp.float32)
     init_key, run_key = jax.random.split(jax.random.key(exp.config.seed))
-    image = exp.prepare(batch, run_key, False)["image"]
+    image = exp.prepare(batch, run_key, True)["image"]  # a streamed batch becomes the network's size by its crop
     variables = jax.tree.map(lambda x: x.astype(wide), dict(exp.model.init(init_key, image, train=False)))
     params = variables.pop("params")
     return State(

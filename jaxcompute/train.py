@@ -4,6 +4,7 @@ The loop dispatches ahead of the device. Metrics are summed inside the compiled 
 written one period late; nothing is computed on device arrays outside of it.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -37,6 +38,9 @@ MEND = "--xla_cpu_experimental_ynn_fusion_type="
 FREE = {"steps", "epochs", "log_every", "eval_every", "save_every", "keep_last", "keep_best", "mesh_data", "mesh_fsdp"}
 
 
+AHEAD = 2  # streamed batches that are on the devices before they are asked for, and calls dispatched before one is done
+
+
 class NonFinite(Exception):
     """A loss or gradient that is not finite; the message names the step."""
 
@@ -56,14 +60,19 @@ class Program(NamedTuple):
     mesh: jax.sharding.Mesh
     abstract: State  # shapes, dtypes and shardings
     init: Callable[[], State]
-    feed: Callable[[int], Batch]  # what the step's call is given, on the devices
+    feed: "Feeder"  # what the step's call is given, on the devices
     steps: Callable[[int], Callable[[State, Metrics, Batch], tuple[State, Metrics]]]  # by count; donates state and sums
     sums: Callable[[], Metrics]  # empty sums of the training metrics
-    eval_feed: Callable[[int], Batch]
+    eval_feed: "Feeder"
     eval_step: Callable[[State, Metrics, Batch, np.int32], Metrics]
     eval_sums: Callable[[], Metrics]
     flops: Callable[[], float | None]  # of one optimizer step over all devices, as XLA counts them
     memory: Callable[[], int | None]  # bytes a device that the compiled call needs, its arguments included
+
+    def close(self) -> None:
+        """End the threads and processes that feed it."""
+        self.feed.close()
+        self.eval_feed.close()
 
 
 def resolve(exp: Experiment, mesh: jax.sharding.Mesh) -> Experiment:
@@ -88,6 +97,8 @@ def resolve(exp: Experiment, mesh: jax.sharding.Mesh) -> Experiment:
     if config.steps_per_call == 0:
         # a rolled loop over convolutions is some 30 times slower on the CPU; a streamed batch is one step's
         config = dataclasses.replace(config, steps_per_call=1 if cpu or not exp.train.resident else 8)
+    if config.steps_per_call > 1 and not exp.train.resident:
+        raise BadInput(f"--config.steps_per_call={config.steps_per_call}: a streamed batch is one step's; give 1")
     rows = -(-exp.eval.batch_size // mesh.size) * mesh.size
     return dataclasses.replace(exp, config=config, eval=exp.eval.with_batch_size(rows))
 
@@ -125,8 +136,8 @@ def compile(exp: Experiment, mesh: jax.sharding.Mesh) -> Program:
     def eval_one(state: State, sums: Metrics, feed: Batch, at: jax.Array) -> Metrics:
         return metrics.add(sums, measure(state, feed, at))
 
-    feed, eval_feed = feeder(mesh, exp.train), feeder(mesh, exp.eval)
-    fed, eval_fed = feed(0), eval_feed(0)
+    feed, eval_feed = Feeder(mesh, exp.train, exp.steps), Feeder(mesh, exp.eval, exp.eval.steps)
+    fed, eval_fed = feed.like, eval_feed.like
     plain = jax.eval_shape(init, fed)
     placed = sharding.shardings(mesh, exp.rule, plain)
     abstract = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), plain, placed)
@@ -145,12 +156,17 @@ def compile(exp: Experiment, mesh: jax.sharding.Mesh) -> Program:
                 return one(state, sums, feed)
             return jax.lax.scan(lambda carry, _: (one(*carry, feed), None), (state, sums), length=count)[0]
 
-        jitted = jax.jit(call, donate_argnums=(0, 1), out_shardings=(placed, whole))
+        donated = (0, 1) if exp.train.resident else (0,)
+        jitted = jax.jit(call, donate_argnums=donated, out_shardings=(placed, whole))
         return jitted.lower(abstract, jax.tree.map(lambda x: x.update(sharding=whole), seen), fed)
 
     @functools.cache
     def compiled(count: int) -> jax.stages.Compiled:
         return lowered(count).compile()
+
+    @functools.cache
+    def steps(count: int) -> Callable[[State, Metrics, Batch], tuple[State, Metrics]]:
+        return compiled(count) if exp.train.resident else paced(compiled(count))
 
     def flops() -> float | None:
         cost = lowered(exp.config.steps_per_call).cost_analysis()  # counts the body of a loop once
@@ -162,28 +178,86 @@ def compile(exp: Experiment, mesh: jax.sharding.Mesh) -> Program:
             return None
         return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
 
+    measured = jax.jit(eval_one, donate_argnums=1 if exp.eval.resident else (), out_shardings=whole)
+
     return Program(
         exp=exp,
         mesh=mesh,
         abstract=abstract,
-        init=lambda: jax.jit(init, out_shardings=placed)(fed),
+        init=lambda: jax.jit(init, out_shardings=placed)(feed.blank()),
         feed=feed,
-        steps=compiled,
+        steps=steps,
         sums=zeros(seen),
         eval_feed=eval_feed,
-        eval_step=jax.jit(eval_one, donate_argnums=1, out_shardings=whole),
+        eval_step=measured if exp.eval.resident else paced(measured),
         eval_sums=zeros(counted),
         flops=flops,
         memory=memory,
     )
 
 
-def feeder(mesh: jax.sharding.Mesh, source: Source) -> Callable[[int], Batch]:
-    """By step, the source's arrays on the devices: placed once where they are resident, else split as they come."""
-    if source.resident:
-        resident = sharding.put(mesh, sharding.WHOLE, source.feed(0))
-        return lambda at: resident
-    return lambda at: sharding.put(mesh, sharding.BATCH, source.feed(at))
+class Feeder:
+    """By step, a source's arrays on the devices: placed once where they are resident, else by a thread, ahead of it."""
+
+    def __init__(self, mesh: jax.sharding.Mesh, source: Source, steps: int):
+        self.source, self.steps = source, steps
+        self.split = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+        self.resident = sharding.put(mesh, sharding.WHOLE, source.feed(0)) if source.resident else None
+        self.like: Any = self.resident or {  # what a call is traced with
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.split)
+            for name, array in source.like().items()
+        }
+        self.coming: dict[int, Future[Batch]] = {}
+        self.thread = ThreadPoolExecutor(1, "feed")
+
+    def __call__(self, at: int) -> Batch:
+        if self.resident is not None:
+            return self.resident
+        wanted = range(at, max(at + 1, min(at + 1 + AHEAD, self.steps)))
+        for other in self.coming.keys() - set(wanted):
+            self.coming.pop(other).cancel()
+        for coming in wanted:
+            if coming not in self.coming:
+                self.coming[coming] = self.thread.submit(self._put, coming)
+        return self.coming.pop(at).result()
+
+    def _put(self, at: int) -> Batch:
+        rows = self.source.feed(at, jax.process_index(), jax.process_count())
+        return {name: jax.make_array_from_process_local_data(self.split, array) for name, array in rows.items()}
+
+    def blank(self) -> Batch:
+        """A batch whose values do not matter."""
+        if self.resident is not None:
+            return self.resident
+        zeros = jax.jit(
+            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.like), out_shardings=self.split
+        )
+        return zeros()
+
+    def close(self) -> None:
+        """End the thread, and what the source has of its own."""
+        self.thread.shutdown(wait=False, cancel_futures=True)
+        self.source.close()  # what the thread may be waiting for
+        self.thread.shutdown()
+        self.source.close()  # what it may have begun at that moment
+
+
+def paced(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call, made once all but the newest AHEAD before it are done.
+
+    Else streamed batches would pile up on a device that is slower than their source, and the loop, far ahead of the
+    device, would take its own wait for the next batch for the device's.
+    """
+    dispatched: collections.deque[jax.Array] = collections.deque()
+
+    def paced_call(*args: Any) -> Any:
+        if len(dispatched) == AHEAD:
+            jax.block_until_ready(dispatched.popleft())
+        outputs = call(*args)
+        dispatched.append(jax.tree.leaves(outputs)[-1])  # of the sums, which are not donated here
+        return outputs
+
+    return paced_call
 
 
 def evaluate(program: Program, state: State) -> dict[str, Any]:
@@ -236,10 +310,9 @@ def fit(
         try:
             with distributed.agreed(signals, alike, lost=functools.partial(ended, "failed")) as stop:
                 state = loop(exp, workdir, mesh, write, say, signals, stop)
-        except BadInput:
-            raise  # nothing ran
         except BaseException as error:
-            ended("preempted" if isinstance(error, Preempted) else "failed", error)
+            if not isinstance(error, BadInput) or (home and running(home)):  # else nothing ran
+                ended("preempted" if isinstance(error, Preempted) else "failed", error)
             raise
         if home:
             log.status(home, "done", step=exp.steps, of=exp.steps)
@@ -271,6 +344,12 @@ def claim(workdir: Path, exp: Experiment, allow_changes: bool) -> None:
         changes = ", ".join(f"{name} was {old.get(name)} and is {config.get(name)}" for name in differ)
         mend = "--allow_changes goes on with it, or " if FREE.issuperset(differ) else ""
         raise BadInput(f"{workdir} holds a run of another config: {changes}; {mend}take another --workdir")
+
+
+def running(workdir: Path) -> bool:
+    """Whether this process has begun to train there."""
+    status = log.read_status(workdir)
+    return (status.get("state"), status.get("pid")) == ("running", os.getpid())
 
 
 def leave_config(workdir: Path, exp: Experiment, mesh: jax.sharding.Mesh) -> None:
@@ -323,7 +402,7 @@ def loop(
     since = at  # where sums begin
     clock = Clock(program, at)
 
-    with files as file, saver as saver, ThreadPoolExecutor(1, "metrics") as fetcher:
+    with files as file, saver as saver, ThreadPoolExecutor(1, "metrics") as fetcher, contextlib.closing(program):
 
         def tell(at: int, values: dict[str, float]) -> None:
             file(at, values)
@@ -552,7 +631,8 @@ def evaluate_checkpoint(exp: Experiment, workdir: Path, say: Callable[[str], Non
             raise BadInput(f"no checkpoint in {directory}: train first, or give the --workdir of a run that was saved")
         state = checkpoint.restore(directory, at, program.abstract)
     say(f"evaluating step {at:,} of {workdir} on {exp.eval.size:,} examples")
-    results = evaluate(program, state)
+    with contextlib.closing(program):
+        results = evaluate(program, state)
     if home := home_of(workdir):
         log.evaluation(home, at, results, exp.classes)
     return results

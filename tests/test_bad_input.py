@@ -12,6 +12,7 @@ from PIL import Image
 
 DIGITS = "--experiment=digits_cnn "
 XOR = "--experiment=sigmoid_mlp "
+IMAGENET = "--experiment=imagenet_resnet50 --data_dir=none "
 FOLDER = "--experiment=folder_cnn --config.train_dir=train --config.eval_dir=eval "
 RESNET = "--experiment=cifar_resnet "  # no CIFAR is needed to refuse it
 
@@ -233,6 +234,11 @@ IMAGES = [
     (FOLDER + "--config.image_size=8", "--config.image_size=8 --config.features", folders),
     (FOLDER + "--config.decode_size=0", "--config.decode_size=0 at least 1", folders),
     (FOLDER + "--config.decode_size=99999999", "--config.decode_size=99999999 at most", folders),
+    (IMAGENET, "imagenet2012 ILSVRC2012_img_train.tar not found downloads/manual image-net.org"),
+    (IMAGENET + "--config.train_dir=train", "--config.eval_dir missing", folders),
+    (IMAGENET + "--config.eval_size=300", "--config.eval_size=300 --config.eval_short=256"),
+    (IMAGENET + "--config.warmup_epochs=91", "--config.warmup_epochs=91.0 --config.epochs=90.0"),
+    (IMAGENET + "--config.train_dir=train --config.eval_dir=eval", "'train' is no folder"),
 ]
 PATHS = [
     (XOR + "--workdir=file", "--workdir=file folder", text("file")),

@@ -18,6 +18,12 @@ from jaxcompute.data import memory
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
 NEED_DATA = {"mnist_lenet", "fashion_cnn", "cifar_cnn", "cifar_resnet"}
+OF_FOLDERS = {"folder_cnn", "imagenet_resnet50"}
+SMALL = {
+    "imagenet_resnet50": {
+        "depth": "18", "width": 4, "canvas": 48, "image_size": 32, "eval_short": 36, "eval_size": 32, "workers": 1
+    }
+}  # fmt: skip
 
 
 def build(name: str, **fields):
@@ -41,7 +47,7 @@ def pictures(root: Path) -> dict[str, str]:
 def test_two_steps(name, request, tmp_path):
     if name in NEED_DATA:
         request.getfixturevalue("data_dir")
-    exp = build(name, **(pictures(tmp_path) if name == "folder_cnn" else {}))
+    exp = build(name, **(pictures(tmp_path) if name in OF_FOLDERS else {}) | SMALL.get(name, {}))
     seen: dict[str, float] = {}
     state = train.fit(exp, write=lambda at, values: seen.update(values), say=lambda text: None)
     assert int(state.step) == 2

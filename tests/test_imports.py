@@ -27,6 +27,7 @@ MAY = {
     "data": set(),
     "data.order": set(),
     "data.sources": {"data.order"},
+    "data.stream": {"data.order", "data.sources"},
     "data.augment": {"core", "metrics"},
     "data.memory": {"core", "data.order", "data.augment"},
     "sweep": {"config", "log", "sweep"},
@@ -36,7 +37,8 @@ MAY = {
     "": set(),
 }
 EXPERIMENTS = {"core", "config", "step", "metrics", "models", "data", "losses", "optim", "sharding"}
-FREE_OF_JAX = ["config.py", "log.py", "data/order.py", "data/sources.py", "sweep/grid.py", "compute/doctor.py"]
+FREE_OF_JAX = ["config.py", "log.py", "data/order.py", "data/sources.py", "data/stream.py"]
+FREE_OF_JAX += ["sweep/grid.py", "compute/doctor.py"]
 LAUNCH = {"config", "data", "train", "distributed", "sharding", "replay", "verify", "log"}
 LAUNCH |= {"sweep", "compute", "report", "deploy"}
 

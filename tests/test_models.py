@@ -242,3 +242,26 @@ def test_batch_norm_refuses_a_forward_mode_derivative():
     x = jnp.ones((4, 2))
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda x: norm.batch_norm(1e-3, x, x[0], x[0])[0], (x,), (x,))
+
+
+@pytest.mark.parametrize("depth, count", [(18, 11_689_512), (34, 21_797_672), (50, 25_557_032), (101, 44_549_160)])
+def test_the_imagenet_family_has_the_published_sizes(depth, count):
+    model = getattr(resnet, f"LargeResNet{depth}")()
+    image = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == count
+    assert jax.eval_shape(model.apply, variables, image).shape == (2, 1000)
+
+
+def test_a_bottleneck_strides_in_its_middle_and_starts_as_its_shortcut():
+    block = resnet.Bottleneck(4, stride=2)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 3)), jnp.float32)
+    variables = jax.jit(lambda x: block.init(jax.random.key(0), x, False))(x)
+    first = jax.eval_shape(lambda v: block.apply(v, x, False, capture_intermediates=True)[1], variables)
+    shapes = {name: first["intermediates"][name]["__call__"][0].shape for name in ("Conv_0", "Conv_1", "Conv_2")}
+    assert shapes == {"Conv_0": (2, 6, 6, 4), "Conv_1": (2, 3, 3, 4), "Conv_2": (2, 3, 3, 16)}
+    kernel = variables["params"]["Conv_3"]["kernel"][0, 0]
+    shortcut = np.maximum(np.asarray(x[:, ::2, ::2]) @ np.asarray(kernel) / np.sqrt(1 + 1e-5), 0)
+    np.testing.assert_allclose(
+        jax.jit(lambda v, x: block.apply(v, x, False))(variables, x), shortcut, rtol=1e-5, atol=1e-5
+    )

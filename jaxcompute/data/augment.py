@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def per_example(key: jax.Array, images: jax.Array, fn: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
-    """fn(key, image) over images [B, ...], each under a key of its own."""
+def per_example(key: jax.Array, images: jax.Array, fn: Callable[..., jax.Array], *more: jax.Array) -> jax.Array:
+    """fn(key, image, ...) over images [B, ...] and what else each example has, under a key of its own."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(images), dtype=jnp.uint32))
-    return jax.vmap(fn)(keys, images)
+    return jax.vmap(fn)(keys, images, *more)
 
 
 def flip(key: jax.Array, image: jax.Array) -> jax.Array:
@@ -37,6 +37,7 @@ def random_resized_crop(
     size: int,
     scale: tuple[float, float] = (0.35, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    within: jax.Array | None = None,
 ) -> jax.Array:
     """A random box of image [H, W, C], resampled to [size, size, C] float32 (Szegedy et al. 2014, section 6).
 
@@ -44,15 +45,21 @@ def random_resized_crop(
         size: side of the result, in pixels.
         scale: the box's share of the image's area, drawn uniformly.
         ratio: its width over height, drawn log-uniformly.
+        within: int32 [2], the height and width of the picture at the array's upper left, where the rest is padding.
 
     The box is the first of ten draws that fits, else the largest centred one of a permitted shape. Bilinear, without
     antialiasing, and clamped at the box's edge.
     """
-    return resample(image, random_box(key, image.shape[0], image.shape[1], scale, ratio), size)
+    height, width = image.shape[:2] if within is None else within
+    return resample(image, random_box(key, height, width, scale, ratio), size)
 
 
 def random_box(
-    key: jax.Array, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+    key: jax.Array,
+    height: int | jax.Array,
+    width: int | jax.Array,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
 ) -> jax.Array:
     """int32 [4]: top, left, height and width of a box inside an image, as `random_resized_crop` draws it."""
     draws = jax.random.uniform(key, (22,), jnp.float32)
@@ -62,9 +69,9 @@ def random_box(
     w = jnp.round(jnp.sqrt(area * shape)).astype(jnp.int32)
     fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
     first = jnp.argmax(fits)
-    clamped = min(max(width / height, ratio[0]), ratio[1])
-    h = jnp.where(fits.any(), h[first], min(height, round(width / clamped)))
-    w = jnp.where(fits.any(), w[first], min(width, round(height * clamped)))
+    clamped = jnp.clip(width / height, *ratio)
+    h = jnp.where(fits.any(), h[first], jnp.minimum(height, jnp.round(width / clamped).astype(jnp.int32)))
+    w = jnp.where(fits.any(), w[first], jnp.minimum(width, jnp.round(height * clamped).astype(jnp.int32)))
     room = jnp.stack([height - h, width - w])
     random = jnp.minimum((draws[20:] * (room + 1).astype(jnp.float32)).astype(jnp.int32), room)
     corner = jnp.where(fits.any(), random, room // 2)

@@ -44,9 +44,12 @@ class Memory:
         """Batches that hold every example once."""
         return -(-self.size // self.batch_size)
 
-    def feed(self, step: int) -> dict[str, np.ndarray]:
-        """The whole set, at every step."""
-        del step
+    def like(self) -> dict[str, np.ndarray]:
+        return self.arrays
+
+    def feed(self, step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]:
+        """The whole set, at every step and on every host."""
+        del step, index, count
         return self.arrays
 
     def batch(self, feed: Batch, step: jax.Array) -> Batch:
@@ -64,6 +67,9 @@ class Memory:
 
     def with_batch_size(self, batch_size: int) -> "Memory":
         return dataclasses.replace(self, batch_size=batch_size)
+
+    def close(self) -> None:
+        """There is nothing to end."""
 
 
 def shuffled(arrays: dict[str, np.ndarray], batch_size: int, seed: int) -> Memory:

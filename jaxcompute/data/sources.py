@@ -13,6 +13,7 @@ can tell: a bit of a JPEG that changed and still decodes.
 import contextlib
 import csv
 import dataclasses
+import functools
 import gzip
 import hashlib
 import importlib
@@ -28,7 +29,7 @@ import urllib.request
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -462,6 +463,174 @@ def _decode(name: str, root: Path) -> Dataset:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Prepared sets too large to hold
+
+IMAGENET = {"train": 1_281_167, "validation": 50_000}  # examples of imagenet2012
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A split of a TFDS set, too large to hold: a record an example."""
+
+    folder: str  # of the prepared set
+    name: str
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def address(self, i: int) -> list[Any]:
+        return [self.folder, self.name, i]
+
+
+def prepared(name: str, root: str | Path | None = None) -> tuple[dict[str, Split], tuple[str, ...]]:
+    """A TFDS set of images and labels that stands in the data folder as ArrayRecord: its splits, and its classes.
+
+    imagenet2012 is made from ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar in ROOT/downloads/manual, where it
+    is not there yet.
+
+    Args:
+        name: as TFDS calls it.
+        root: the data folder; None: `data_dir()`.
+
+    Raises:
+        BadInput: it is not there, is stored in another format, or has no image and label; archives that are missing,
+            cut short or of another set; a folder that cannot be written.
+    """
+    root = Path(root).expanduser() if root else data_dir()
+    if name == "imagenet2012" and not _prepared(name, root):
+        archives = _imagenet_archives(root)
+        try:
+            with _lock(root / "jaxcompute" / f"{name}.lock"):
+                if not _prepared(name, root):
+                    print(f"preparing {name} in {root}, once: hours, and twice its room", file=sys.stderr, flush=True)
+                    _prepare_imagenet(root, *archives)
+        except OSError as error:
+            message = f"{root} cannot be written: {_line(error)}; make room, or give another --data_dir"
+            raise BadInput(message) from error
+    folders = sorted((root / name).glob("[0-9]*.[0-9]*.[0-9]/dataset_info.json"))
+    if not folders:
+        raise BadInput(f"{root / name} holds no prepared set; prepare {name} there with TFDS, as array_record")
+    folder = folders[-1].parent
+    try:
+        builder = _tfds().builder_from_directory(folder)
+        features = builder.info.features
+        stored = builder.info.file_format.value
+        splits = {split: Split(str(folder), split, info.num_examples) for split, info in builder.info.splits.items()}
+    except Exception as error:  # of many libraries
+        raise BadInput(f"{folder} is damaged: {_line(error)}; move it away and it is prepared anew") from error
+    if stored != "array_record":  # what TensorFlow writes by default has no random access
+        message = f"{folder} is stored as {stored}; move it away and prepare it as array_record"
+        raise BadInput(message + (", or place its archives" if name == "imagenet2012" else ""))
+    if not {"image", "label"} <= set(features):
+        raise BadInput(f"{folder} has {', '.join(features)}; a set of images has image and label")
+    return splits, tuple(features["label"].names)
+
+
+def _imagenet_archives(root: Path) -> list[Path]:
+    manual = root / "downloads" / "manual"
+    found = []
+    for archive in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"):
+        there = [path for path in (manual / "imagenet2012" / archive, manual / archive) if path.exists()]
+        if not there:
+            raise BadInput(
+                f"imagenet2012: {archive} not found in {manual}, nor a prepared set in {root / 'imagenet2012'}; get it "
+                "from image-net.org, which asks you to register, and place it there, or give folders of class folders"
+            )
+        found.append(there[0])
+    return found
+
+
+def _prepare_imagenet(root: Path, train: Path, val: Path) -> None:
+    """As `_prepare`, from the archives in one pass each; nothing is extracted to disk."""
+    tfds = _tfds()
+    stock = tfds.builder_cls("imagenet2012")
+    home = Path(sys.modules[stock.__module__].__file__ or "").parent
+    val_labels = (home / "validation_labels.txt").read_text().split()  # by the number in a file's name
+
+    def examples(split: str, archive: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+        count = 0
+        try:
+            for synset, file_name, data in _images_of(archive, nested=split == "train"):
+                label = synset or val_labels[int(Path(file_name).stem.rpartition("_")[2]) - 1]
+                yield (
+                    file_name,
+                    {"image": _as_rgb_jpeg(data, archive, file_name), "label": label, "file_name": file_name},
+                )
+                count += 1
+        except (tarfile.TarError, EOFError, ValueError, IndexError) as error:
+            raise _damaged(archive, _line(error)) from error
+        if count != IMAGENET[split]:
+            raise _damaged(archive, f"it holds {count:,} images, not {IMAGENET[split]:,}")
+
+    def split_generators(builder: Any, _: Any) -> dict[str, Any]:
+        return {"train": examples("train", train), "validation": examples("validation", val)}
+
+    own = {"name": "imagenet2012", "__module__": stock.__module__, "_split_generators": split_generators}
+    with tfds.core.registered.skip_registration():
+        local = type("Builder", (stock,), own)
+    with contextlib.redirect_stdout(io.StringIO()):
+        tfds.disable_progress_bar()
+        builder = local(data_dir=root, file_format="array_record")
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=train.parent))
+
+
+def _images_of(archive: Path, nested: bool) -> Iterator[tuple[str, str, bytes]]:
+    """(synset, file name, bytes) of a tar of images, or of a tar that holds a tar of images for each synset."""
+    with tarfile.open(archive, "r:") as tar:
+        for member in tar:
+            if not member.isfile() or (file := tar.extractfile(member)) is None:
+                continue
+            if not nested:
+                yield "", Path(member.name).name, file.read()
+                continue
+            with tarfile.open(fileobj=file, mode="r:") as inner:
+                for image in inner:
+                    if image.isfile() and (data := inner.extractfile(image)) is not None:
+                        yield Path(member.name).stem, Path(image.name).name, data.read()
+
+
+def _as_rgb_jpeg(data: bytes, archive: Path, name: str) -> bytes:
+    """The image as it is, but for the 22 CMYK ones and the PNG among ImageNet's, which stock TFDS too encodes anew."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.format == "JPEG" and image.mode in ("L", "RGB"):
+                return data
+            out = io.BytesIO()
+            image.convert("RGB").save(out, "JPEG", quality=100, subsampling=0)
+            return out.getvalue()
+    except Exception as error:  # of many decoders
+        raise _damaged(archive, f"its {name} is no image: {_line(error)}") from error
+
+
+def example(address: list[Any]) -> tuple[Any, str, int]:
+    """What an `address` of Files or Split leads to: the image's path or open file, what to call it, and its label.
+
+    Raises:
+        BadInput: a record that is damaged.
+    """
+    if len(address) == 2:
+        path, label = address
+        return path, path, label
+    folder, split, i = address
+    try:
+        record = _records(folder, split)[i]
+        return io.BytesIO(record["image"]), f"{folder}: example {i} of {split}", int(record["label"])
+    except Exception as error:  # of many libraries
+        message = f"{folder}: example {i} of {split} is damaged: {_line(error)}"
+        raise BadInput(f"{message}; move the folder away and prepare it anew") from error
+
+
+@functools.cache
+def _records(folder: str, split: str) -> Any:
+    tfds = _tfds()
+    builder = tfds.builder_from_directory(folder)
+    return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Sets that need no preparing
 
 
@@ -519,29 +688,55 @@ def folder(train_dir: str | Path, eval_dir: str | Path, size: int) -> Dataset:
     """
     if size < 1:
         raise BadInput(f"size is {size}; give the images' side in pixels")
-    train, test = _listing(train_dir), _listing(eval_dir)
-    if train.keys() != test.keys():
-        differ = ", ".join(sorted(train.keys() ^ test.keys()))
-        raise BadInput(f"the class folders of {train_dir} and {eval_dir} differ: {differ}; give both the same")
-    classes = tuple(train)
+    train, test, classes = files(train_dir, eval_dir)
 
-    def read(listing: dict[str, list[Path]]) -> Arrays:
-        paths = [path for files in listing.values() for path in files]
-        label = np.repeat(np.arange(len(classes), dtype=np.int32), [len(files) for files in listing.values()])
+    def read(files: Files) -> Arrays:
         try:
-            image = np.empty((len(paths), size, size, 3), np.uint8)
+            image = np.empty((len(files), size, size, 3), np.uint8)
         except MemoryError:
-            raise BadInput(f"{len(paths)} images of side {size} do not fit into memory; take a smaller side") from None
+            raise BadInput(f"{len(files)} images of side {size} do not fit into memory; take a smaller side") from None
         with ThreadPoolExecutor() as pool:
-            for i, pixels in enumerate(pool.map(lambda path: _image(path, size), paths)):
+            for i, pixels in enumerate(pool.map(lambda path: centre(path, path, size, size), files.paths)):
                 image[i] = pixels
-        return {"image": image, "label": label}
+        return {"image": image, "label": files.label}
 
     with warnings.catch_warnings():
         from PIL import Image
 
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return Dataset("folder", read(train), read(test), classes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Files:
+    """A set too large to hold: a file an image."""
+
+    paths: list[str]
+    label: np.ndarray  # int32 [N]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def address(self, i: int) -> list[Any]:
+        return [self.paths[i], int(self.label[i])]
+
+
+def files(train_dir: str | Path, eval_dir: str | Path) -> tuple[Files, Files, tuple[str, ...]]:
+    """Two folders as of `folder`, by class and file name, and the names of the classes; no image is opened.
+
+    Raises:
+        BadInput: as `folder`, but for what it finds inside an image.
+    """
+    train, test = _listing(train_dir), _listing(eval_dir)
+    if train.keys() != test.keys():
+        differ = ", ".join(sorted(train.keys() ^ test.keys()))
+        raise BadInput(f"the class folders of {train_dir} and {eval_dir} differ: {differ}; give both the same")
+
+    def of(listing: dict[str, list[Path]]) -> Files:
+        label = np.repeat(np.arange(len(listing), dtype=np.int32), [len(paths) for paths in listing.values()])
+        return Files([str(path) for paths in listing.values() for path in paths], label)
+
+    return of(train), of(test), tuple(train)
 
 
 def _listing(given: str | Path) -> dict[str, list[Path]]:
@@ -569,22 +764,58 @@ def _listing(given: str | Path) -> dict[str, list[Path]]:
     return listing
 
 
-def _image(path: Path, size: int) -> np.ndarray:
-    """[size, size, 3]: decoded, short side resized, centre cut out."""
+# ----------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def centre(file: Any, name: str | Path, short: int, size: int) -> np.ndarray:
+    """uint8 [size, size, 3]: an image whose short side is resized to `short`, and its centre cut out.
+
+    Args:
+        file: a path, or an open file of bytes.
+        name: what to call it where it cannot be read.
+        short: pixels, at least size.
+        size: pixels.
+
+    Raises:
+        BadInput: it cannot be read as one image.
+    """
+    from PIL import Image
+
+    image = _decode_image(file, name, lambda width, height: short)
+    side = min(image.size) * size / short
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box))
+
+
+def within(file: Any, name: str | Path, size: int) -> np.ndarray:
+    """uint8 [H, W, 3]: a whole image, made smaller where its long side is above `size` pixels. Raises as `centre`."""
+    from PIL import Image
+
+    image = _decode_image(file, name, lambda width, height: -(-size * min(width, height) // max(width, height)))
+    if (long := max(image.size)) > size:
+        shape = tuple(max(1, round(side * size / long)) for side in image.size)
+        image = image.resize(shape, Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def _decode_image(file: Any, name: str | Path, short: Callable[[int, int], int]) -> Any:
+    """RGB and upright. A JPEG decodes at 1/2, 1/4 or 1/8 where its short side is still short(width, height) pixels."""
     from PIL import Image, ImageOps
 
     try:
-        if path.exists() and not path.is_file():
+        if isinstance(file, str | Path) and Path(file).exists() and not Path(file).is_file():
             raise ValueError("it is no file")  # but a pipe, say, that would be waited on for ever
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             if getattr(image, "is_animated", False) and image.format != "MPO":  # a phone's JPEG with a preview
                 raise ValueError("it is animated")
             if image.mode[0] in "IF" or any(";16" in str(tile[3]) for tile in image.tile):
                 raise ValueError("its pixels have more than 8 bits")
-            image.draft("RGB", (size, size))  # a JPEG decodes at 1/2, 1/4 or 1/8 where that is still large enough
+            side = short(*image.size)
+            image.draft("RGB", (side, side))
             if "transparency" in image.info:
                 image = image.convert("RGBA")
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # of many decoders
-        raise BadInput(f"{path} cannot be read as one image: {_line(error)}; mend or remove it") from error
-    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
+        raise BadInput(f"{name} cannot be read as one image: {_line(error)}; mend or remove it") from error

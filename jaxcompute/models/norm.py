@@ -32,7 +32,7 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", self.bias_init, channels)
         if self.use_running_average:
             return _normalize(x, mean.value, jax.lax.rsqrt(var.value + self.epsilon), scale, bias)
-        y, batch_mean, batch_var = batch_norm(self.epsilon, x, scale, bias)
+        y, batch_mean, batch_var = batch_norm(self.epsilon, x, scale, bias)  # pyright: ignore[reportGeneralTypeIssues]
         if not self.is_initializing():
             mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
             var.value = self.momentum * var.value + (1 - self.momentum) * batch_var
