@@ -14,6 +14,7 @@ Exit codes: 0 done, 1 a run failed, 2 bad input, 128 + n stopped by signal n and
 import datetime
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -185,6 +186,7 @@ def sweep(module, config, workdir: Path) -> None:
 
 
 def launch() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training sees to it, Ctrl-C ends it at once and without a word
     try:
         name = configs.peek(sys.argv, "experiment")
         if name:

@@ -176,20 +176,20 @@ class Pace:
         self.whole, self.restore, self.compile, self.save = whole, 1.0, 1.0, 0.05
 
 
-def arguments(workdir: Path, fields: dict[str, str]) -> list[str]:
+def arguments(workdir: Path, fields: dict[str, str], experiment: str) -> list[str]:
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
-    return [str(ROOT / "launch.py"), "--experiment=digits_mlp", f"--workdir={workdir}", *flags]
+    return [str(ROOT / "launch.py"), f"--experiment={experiment}", f"--workdir={workdir}", *flags]
 
 
-def start(workdir: Path, fields: dict[str, str]) -> subprocess.Popen:
+def start(workdir: Path, fields: dict[str, str], experiment: str = "digits_mlp") -> subprocess.Popen:
     """As a user does."""
     with verify.screen(workdir).open("w") as file:
-        return subprocess.Popen([sys.executable, *arguments(workdir, fields)], stdout=file, stderr=file)
+        return subprocess.Popen([sys.executable, *arguments(workdir, fields, experiment)], stdout=file, stderr=file)
 
 
-def fork(workdir: Path, fields: dict[str, str], cache: Path) -> BaseProcess:
+def fork(workdir: Path, fields: dict[str, str], cache: Path, experiment: str = "digits_mlp") -> BaseProcess:
     """The same in a process that has the imports behind it."""
-    process = FORKS.Process(target=live, args=(arguments(workdir, fields), verify.screen(workdir), cache))
+    process = FORKS.Process(target=live, args=(arguments(workdir, fields, experiment), verify.screen(workdir), cache))
     process.start()
     return process
 

@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -143,15 +143,41 @@ def restore_newest(directory: Directory, like: PyTree, say: Callable[[str], None
     """
     if Path(directory).exists() and not Path(directory).is_dir():
         raise BadInput(f"{directory} is no folder; move it away, or take another work directory")
-    damage: list[Damaged] = []
+    return _restore_first(directory, steps(directory)[::-1], like, say)
+
+
+def restore_best(
+    directory: Directory, like: PyTree, rank: Rank, say: Callable[[str], None]
+) -> tuple[int, State] | None:
+    """The best step that is whole, or the newest where none is ranked, and its State; else as `restore_newest`.
+
+    A step whose manifest is damaged might be the best, so it is named too.
+    """
+    ranked = _ranked(directory, rank)
+    damaged, unranked = [], []
     for step in reversed(steps(directory)):
+        try:
+            manifest(directory, step)
+        except Damaged:
+            damaged.append(step)
+            continue
+        if step not in ranked:
+            unranked.append(step)
+    return _restore_first(directory, [*damaged, *ranked, *unranked], like, say)
+
+
+def _restore_first(
+    directory: Directory, candidates: Sequence[int], like: PyTree, say: Callable[[str], None]
+) -> tuple[int, State] | None:
+    damage: list[Damaged] = []
+    for step in candidates:
         try:
             state = restore(directory, step, like)
         except Damaged as error:
             damage.append(error)
             continue
         for error in damage:
-            say(f"{error}; trying the one before")
+            say(f"{error}; trying another")
         if damage:
             say(f"using checkpoint {Path(directory) / str(step)} instead")
         return step, state
@@ -308,7 +334,7 @@ class Saver:
         ranked = [step for step in _ranked(self.directory, self.rank) if step in known][: self.keep_best]
         for step in known:
             if step not in last and step not in ranked:
-                _remove(self.directory / str(step))
+                shutil.rmtree(_discard(self.directory / str(step)), ignore_errors=True)
 
 
 def clean(directory: Directory) -> None:
@@ -346,17 +372,19 @@ def _write(temporary: Path, arrays: dict[str, np.ndarray], content: dict[str, An
 def _commit(temporary: Path, final: Path) -> None:
     for path in [temporary, *temporary.rglob("*/")]:
         _sync(path)
-    if final.exists():  # damaged and passed over, or saved twice at one step
-        _remove(final)
+    trash = _discard(final) if final.exists() else None  # damaged and passed over, or saved twice at one step
     os.rename(temporary, final)
     _sync(final.parent)
+    if trash:
+        shutil.rmtree(trash, ignore_errors=True)
 
 
-def _remove(step: Path) -> None:
+def _discard(step: Path) -> Path:
+    """Not listed any more, still to be deleted."""
     trash = step.with_name(f".trash-{step.name}")
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(step, trash)
-    shutil.rmtree(trash, ignore_errors=True)
+    return trash
 
 
 # Bytes

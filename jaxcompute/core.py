@@ -43,6 +43,9 @@ class Run:
         Literal["auto", "bfloat16", "float32", "float64"],
         "of the model's arithmetic; parameters stay float32. auto: bfloat16 on a GPU, float32 on the CPU",
     ] = "auto"
+    deterministic: Annotated[
+        bool, "on a GPU only operations that give the same bits each time, some of them slower; a CPU's always do"
+    ] = False
     batch_size: Annotated[int, "examples a step, over all devices", Range(ge=1, lt=2**31)] = 128
     epochs: Annotated[float, "passes over the training set", Range(gt=0, lt=2**32)] = 10.0
     steps: Annotated[int, "optimizer steps; 0: from epochs", Range(ge=0, lt=2**32)] = 0

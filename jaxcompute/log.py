@@ -232,8 +232,9 @@ def status(
     step: int,
     of: int,
     message: str = "",
+    digest: str = "",
 ) -> None:
-    """Write status.json. `started` is when the run first began, also after a resume."""
+    """Write status.json. `started` is when the run first began, also after a resume; `digest` the saved State's."""
     now = _now()
     write_json(
         workdir / "status.json",
@@ -246,6 +247,7 @@ def status(
             "started": read_status(workdir).get("started", now),
             "updated": now,
             "message": message,
+            "digest": digest,
         },
     )
 

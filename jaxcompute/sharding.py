@@ -5,10 +5,12 @@ the global batch by construction.
 """
 
 import math
+import os
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import xla_bridge  # private: jax has no public door to whether its backends are up
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxcompute.core import Batch, PyTree, Rule, Run
@@ -16,14 +18,18 @@ from jaxcompute.errors import BadInput
 
 BATCH = PartitionSpec(("data", "fsdp"))  # both axes split the batch; fsdp splits the parameters too
 WHOLE = PartitionSpec()
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def make_mesh(config: Run, devices: list[Any] | None = None) -> Mesh:
     """A mesh [data, fsdp] of the sizes in the config, over the first devices of the list.
 
     Raises:
-        BadInput: there are too few devices, or the batch can't be split over them.
+        BadInput: there are too few devices, or the batch can't be split over them; or it is too late for what is
+            deterministic.
     """
+    if config.deterministic:
+        make_deterministic()
     devices = jax.devices() if devices is None else devices
     sizes = {"mesh_data": config.mesh_data, "mesh_fsdp": config.mesh_fsdp}
     for name, size in sizes.items():
@@ -43,6 +49,24 @@ def make_mesh(config: Run, devices: list[Any] | None = None) -> Mesh:
             "take them all, --config.mesh_data=-1, or start fewer processes"
         )
     return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=chosen)
+
+
+def make_deterministic() -> None:
+    """Have XLA run, on GPUs, only operations that give the same bits each time, and tune none by the clock.
+
+    XLA reads its flags once, when the first device is asked for. What it costs has not been measured yet.
+
+    Raises:
+        BadInput: that has happened, or XLA_FLAGS says the contrary.
+    """
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if DETERMINISTIC in flags:
+        return
+    if contrary := [flag for flag in flags if flag.startswith(DETERMINISTIC.partition("=")[0])]:
+        raise BadInput(f"--config.deterministic: XLA_FLAGS has {contrary[-1]}; take one of them away")
+    if xla_bridge.backends_are_initialized():
+        raise BadInput(f"--config.deterministic: jax has started its devices; set XLA_FLAGS={DETERMINISTIC} before it")
+    os.environ["XLA_FLAGS"] = " ".join([*flags, DETERMINISTIC])
 
 
 def check_batch(mesh: Mesh, config: Run) -> None:

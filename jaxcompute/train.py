@@ -15,10 +15,10 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -260,11 +260,18 @@ def paced(call: Callable[..., Any]) -> Callable[..., Any]:
     return paced_call
 
 
-def evaluate(program: Program, state: State) -> dict[str, Any]:
-    """The evaluation set's metrics, every example counted once: floats, and `confusion` [classes, classes]."""
-    sums = program.eval_sums()
+def evaluate(program: Program, state: State, signals: Sequence[int] = ()) -> dict[str, Any]:
+    """The evaluation set's metrics, every example counted once: floats, and `confusion` [classes, classes].
+
+    {} where it was broken off, by a signal that came on the way.
+    """
+    sums, ahead = program.eval_sums(), Ahead()
     for at in range(program.exp.eval.steps):
-        sums = program.eval_step(state, sums, program.eval_feed(at), np.int32(at))
+        if signals:
+            return {}
+        feed = program.eval_feed(at)
+        ahead.hold(sums)
+        sums = program.eval_step(state, sums, feed, np.int32(at))
     return metrics.compute(jax.device_get(sums))
 
 
@@ -291,37 +298,52 @@ def fit(
         NonFinite: a loss or gradient was not finite; the checkpoints before it stand, and nonfinite/ has that step.
         Preempted: SIGTERM or SIGINT came; the State has been saved.
     """
-    home = home_of(workdir)
     with contextlib.ExitStack() as held, stop_signals() as signals:
         with distributed.together():
-            if home:
-                held.enter_context(log.lock(home))
             mesh = mesh or sharding.make_mesh(exp.config)
+            if home := home_of(workdir):
+                held.enter_context(log.lock(home))
             exp = resolve(exp, mesh)
             if workdir:
                 claim(workdir, exp, allow_changes)
 
-        def ended(kind: Literal["preempted", "failed"], why: object) -> None:
+        def ended(kind: Literal["done", "preempted", "failed"], at: int, why: object = "") -> str:
+            """The digest of the State that is saved at this step."""
+            digest = digest_of(home, at) if home else ""
             if home:
-                message = " ".join(str(why).split()) or type(why).__name__
-                log.status(home, kind, step=log.read_status(home).get("step", 0), of=exp.steps, message=message)
+                message = " ".join(str(why).split()) or (type(why).__name__ if why else "")
+                log.status(home, kind, step=at, of=exp.steps, message=message, digest=digest)
+            return digest
+
+        def broken(why: object) -> None:
+            with contextlib.suppress(OSError):  # on a full disk the error itself is what to tell
+                at = log.read_status(home).get("step", 0) if home else 0
+                ended("preempted" if isinstance(why, Preempted) else "failed", at, why)
 
         alike = Preempted, NonFinite
         try:
-            with distributed.agreed(signals, alike, lost=functools.partial(ended, "failed")) as stop:
+            with distributed.agreed(signals, alike, lost=broken) as stop:
                 state = loop(exp, workdir, mesh, write, say, signals, stop)
         except BaseException as error:
             if not isinstance(error, BadInput) or (home and running(home)):  # else nothing ran
-                ended("preempted" if isinstance(error, Preempted) else "failed", error)
+                broken(error)
             raise
-        if home:
-            log.status(home, "done", step=exp.steps, of=exp.steps)
+        if digest := ended("done", exp.steps):
+            say(f"State of step {exp.steps:,}: {digest}")
         return state
 
 
 def home_of(workdir: Path | None) -> Path | None:
     """The work directory as this process may write it: process 0 alone does. All read it, so all must see it."""
     return workdir if jax.process_index() == 0 else None
+
+
+def digest_of(workdir: Path, at: int) -> str:
+    """Of the State that was saved at a step; "" where none was."""
+    try:
+        return checkpoint.manifest(workdir / "checkpoints", at)["digest"]
+    except BadInput:
+        return ""
 
 
 def claim(workdir: Path, exp: Experiment, allow_changes: bool) -> None:
@@ -385,22 +407,27 @@ def loop(
         program = compile(exp, mesh)
         found = checkpoint.restore_newest(workdir / "checkpoints", program.abstract, say) if workdir else None
     at, state, sums = restart(program, workdir, found, say)
+    owed = evaluation_owed(workdir, at)
     if home:
         leave_config(home, exp, mesh)  # not before its checkpoints are known to fit
-    if at >= exp.steps:
+    if at >= exp.steps and not owed:
         say(f"already at step {at:,} of {exp.steps:,}: nothing to do")
         return state
     if home:
         log.status(home, "running", step=at, of=exp.steps)
         say(f"after a kill the same command goes on with --workdir={workdir}")
-    announce(program, say)
+    alone = signals if jax.process_count() == 1 else []  # of several processes none may stop by itself
+    if not alone:
+        announce(program, say)
+    if alone:
+        raise Preempted(alone[0], at, saved=at > 0)
     eval_every = config.eval_every or max(1, round(exp.train.size / exp.train.batch_size))
     files = log.writer(home, at, say) if home else contextlib.nullcontext(lambda step, values: None)
     rules = (config.keep_last, config.keep_best, exp.best)
     saver = checkpoint.Saver(workdir / "checkpoints", *rules) if workdir else contextlib.nullcontext()
     pending: list[tuple[int, float, Future[tuple[Metrics, float]]]] = []  # a log period the device may be working on
     since = at  # where sums begin
-    clock = Clock(program, at)
+    clock, ahead = Clock(program, at), Ahead()
 
     with files as file, saver as saver, ThreadPoolExecutor(1, "metrics") as fetcher, contextlib.closing(program):
 
@@ -435,20 +462,43 @@ def loop(
             report()
             return [leaf.tolist() for leaf in jax.tree.leaves(checked(at if at > since else 0, jax.device_get(sums)))]
 
-        def save(results: dict[str, float], carried: list[Any]) -> None:
+        def save(results: dict[str, float], carried: list[Any], owed: bool = False) -> None:
             """The sums go with the State, so that a run that goes on logs the unbroken run's values."""
             if saver:
-                saver.save(state, results, {"sums": carried})
+                saver.save(state, results, {"sums": carried, "owed": owed})
             if home:
                 log.status(home, "running", step=at, of=exp.steps)
             clock.restart(at)
 
+        def assess(carried: list[Any]) -> None:
+            """Evaluates and saves. A signal breaks it off: the run that goes on owes it, and begins with it."""
+            results = evaluate(program, state, alone)
+            if not results:
+                save({}, carried, owed=True)
+                halt()
+            scalars = {name: value for name, value in results.items() if isinstance(value, float)}
+            if not np.isfinite(list(scalars.values())).all():  # the last step spoiled what it left
+                raise NonFinite(f"step {at}: the evaluation is not finite")
+            tell(at, {f"eval/{name}": value for name, value in scalars.items()})
+            if home:
+                log.evaluation(home, at, results, exp.classes)
+            save(scalars, carried)
+
+        def halt() -> NoReturn:
+            if saver:
+                with distributed.together():
+                    saver.wait()
+            raise Preempted(signals[0], at, saved=bool(saver))
+
+        if owed:
+            assess(owed)
         while at < exp.steps:
             before = at
             aligned = at % config.steps_per_call == 0 and at + config.steps_per_call <= exp.steps
             count = config.steps_per_call if aligned else 1
-            with clock.waiting():
+            with clock:
                 feed = program.feed(at)
+            ahead.hold(state.step)  # here, so that the device works while the feed is made
             state, sums = program.steps(count)(state, sums, feed)
             at += count
             last, stop = at == exp.steps, stop_after(at)
@@ -462,22 +512,14 @@ def loop(
             elif write:
                 write(at, {})
             if due(before, at, eval_every) or last:
-                carried = settle()
-                results = evaluate(program, state)
-                scalars = {name: value for name, value in results.items() if isinstance(value, float)}
-                if not np.isfinite(list(scalars.values())).all():  # the last step spoiled what it left
-                    raise NonFinite(f"step {at}: the evaluation is not finite")
-                tell(at, {f"eval/{name}": value for name, value in scalars.items()})
-                if home:
-                    log.evaluation(home, at, results, exp.classes)
-                save(scalars, carried)
+                assess(settle())
             elif due(before, at, config.save_every) or stop:
                 save({}, settle())
-            if (stop or last) and saver:
+            if last and saver:
                 with distributed.together():  # process 0 alone has something to wait for
                     saver.wait()
             if stop and not last:
-                raise Preempted(signals[0], at, saved=bool(saver))
+                halt()
     return state
 
 
@@ -528,6 +570,14 @@ def restart(
     return at, state, sharding.put(program.mesh, sharding.WHOLE, jax.tree.unflatten(tree, values))
 
 
+def evaluation_owed(workdir: Path | None, at: int) -> list[Any] | None:
+    """The sums to carry on, where the checkpoint of this step was saved before its evaluation came to an end."""
+    if workdir is None or at == 0:
+        return None
+    extra = checkpoint.manifest(workdir / "checkpoints", at)["extra"]
+    return extra["sums"] if extra.get("owed") else None
+
+
 def announce(program: Program, say: Callable[[str], None]) -> None:
     """Before step 0: device, parameters by layer, work, memory, time spent compiling."""
     exp, config, devices = program.exp, program.exp.config, program.mesh.devices
@@ -543,6 +593,26 @@ def announce(program: Program, say: Callable[[str], None]) -> None:
         f"{exp.steps:,} steps of {config.batch_size:,} ({exp.steps * config.batch_size / exp.train.size:,.1f} epochs "
         f"of {exp.train.size:,}) | a step: {work}, {room} a device | compiled in {seconds:.1f} s"
     )
+
+
+class Ahead:
+    """Bounds by time what is dispatched ahead of the device, so that a signal is soon obeyed.
+
+    To wait for it once a second costs a moment's idleness. The buffers of earlier calls are donated, so there is none
+    to wait for but the newest.
+    """
+
+    def __init__(self, seconds: float = 1.0):
+        self.seconds, self.calls, self.most, self.since = seconds, 0, 1, time.perf_counter()
+
+    def hold(self, newest: Any) -> None:
+        """Before a call; waits for the call before, `newest`, once in so many calls as lately took `seconds`."""
+        self.calls += 1
+        if self.calls > self.most:
+            jax.block_until_ready(newest)
+            now = time.perf_counter()
+            self.most = max(1, int(self.calls * self.seconds / (now - self.since)))
+            self.calls, self.since = 0, now
 
 
 def fetch(sums: Metrics) -> tuple[Metrics, float]:
@@ -561,12 +631,12 @@ class Clock:
     def restart(self, at: int) -> None:
         self.at, self.since = at, time.perf_counter()
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         """Around what waits for data."""
-        began = time.perf_counter()
-        yield
-        self.wait += time.perf_counter() - began
+        self.wait -= time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.wait += time.perf_counter()
 
     def waited(self) -> float:
         """Seconds since this was last asked."""
@@ -594,7 +664,7 @@ class Clock:
 def stop_signals() -> Iterator[list[int]]:
     """A list that SIGTERM and SIGINT are put into; the loop looks at it, for nothing is safe inside a handler.
 
-    A second Ctrl-C is not waited for.
+    Those that follow change nothing: what the first began, a save, is done within seconds.
     """
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -602,8 +672,6 @@ def stop_signals() -> Iterator[list[int]]:
         return
 
     def note(signum: int, frame: Any) -> None:
-        if signum == signal.SIGINT:
-            signal.signal(signum, signal.default_int_handler)
         seen.append(signum)
 
     old = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
@@ -615,7 +683,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def evaluate_checkpoint(exp: Experiment, workdir: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Evaluate the best checkpoint of a work directory, or the newest where none is ranked.
+    """Evaluate the best checkpoint of a work directory, or the newest where none is ranked; damaged ones are named.
 
     Raises:
         BadInput: there is none, or it is not of this experiment and config.
@@ -624,12 +692,10 @@ def evaluate_checkpoint(exp: Experiment, workdir: Path, say: Callable[[str], Non
     with distributed.together():
         mesh = sharding.make_mesh(exp.config)
         program = compile(resolve(exp, mesh), mesh)
-        at = checkpoint.best(directory, exp.best)
-        if at is None:
-            at = max(checkpoint.steps(directory), default=None)
-        if at is None:
+        found = checkpoint.restore_best(directory, program.abstract, exp.best, say)
+        if found is None:
             raise BadInput(f"no checkpoint in {directory}: train first, or give the --workdir of a run that was saved")
-        state = checkpoint.restore(directory, at, program.abstract)
+    at, state = found
     say(f"evaluating step {at:,} of {workdir} on {exp.eval.size:,} examples")
     with contextlib.closing(program):
         results = evaluate(program, state)

@@ -81,7 +81,7 @@ def resume(command: Sequence[str], flags: Sequence[str], kills: int = 4, say: Ca
     if equal == len(states) and not unlike and moments:
         shutil.rmtree(folder)
         return True
-    why = "on a GPU set XLA_FLAGS=--xla_gpu_deterministic_ops=true" if moments else "too short to be killed: more steps"
+    why = "on a GPU add --config.deterministic" if moments else "too short to be killed: more steps"
     say(f"NOT SHOWN ({why}); both runs are in {folder}")
     return False
 

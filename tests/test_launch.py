@@ -148,6 +148,20 @@ def test_a_second_run_is_refused_and_a_dead_one_is_followed(tmp_path):
     assert not (tmp_path / "run/.lock").exists()
 
 
+def test_a_deterministic_run_stays_one(launcher, tmp_path):
+    """XLA aborts on a flag that it does not know, and the mesh is refused where it comes too late."""
+    flags = ["--experiment=digits_mlp", f"--workdir={tmp_path}"]
+    ran = launcher(*flags, "--config.deterministic", "--config.steps=2", "--config.features=16", cwd=ROOT, XLA_FLAGS="")
+    assert ran.code == 0, ran.err
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["deterministic"] is True
+    (line,) = [line for line in ran.err.splitlines() if line.startswith("State of step 2: ")]
+    assert line.endswith(digest(tmp_path, 2))
+    again = launcher(*flags, cwd=ROOT)
+    assert again.code == 0 and line in again.err, again.err
+    changed = launcher(*flags, "--noconfig.deterministic", cwd=ROOT)
+    assert changed.code == 2 and "deterministic was True and is False" in changed.err
+
+
 def test_a_run_that_fails_says_why_in_a_line_and_exits_with_1(tmp_path):
     failed = launch(*SMALL, "--config.learning_rate=1e30", f"--workdir={tmp_path}")
     assert failed.returncode == 1

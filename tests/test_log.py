@@ -171,7 +171,7 @@ def test_status_and_what_made_the_run(tmp_path: Path, monkeypatch: pytest.Monkey
     log.status(tmp_path, "failed", step=4, of=10, message="why")
     second = log.read_status(tmp_path)
     assert (second["state"], second["started"], second["message"]) == ("failed", "long ago", "why")
-    assert set(second) == {"state", "step", "of", "host", "pid", "started", "updated", "message"}
+    assert set(second) == {"state", "step", "of", "host", "pid", "started", "updated", "message", "digest"}
     assert os.listdir(tmp_path) == ["status.json"]  # no part is left
 
     monkeypatch.setenv("WANDB_API_KEY", "secret-key")

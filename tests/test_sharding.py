@@ -34,6 +34,23 @@ def test_a_mesh_that_does_not_fit_is_named(fields, named):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("", "jax has started its devices; set XLA_FLAGS=--xla_gpu_deterministic_ops=true"),
+        ("--xla_gpu_deterministic_ops=false", "XLA_FLAGS has --xla_gpu_deterministic_ops=false"),
+    ],
+)
+def test_deterministic_too_late_or_against_the_environment_is_refused(flags, named, monkeypatch):
+    jax.devices()
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    with pytest.raises(BadInput, match=named) as caught:
+        sharding.make_mesh(Run(deterministic=True))
+    assert "\n" not in str(caught.value)
+    monkeypatch.setenv("XLA_FLAGS", f"{flags} {sharding.DETERMINISTIC}")
+    assert sharding.make_mesh(Run(deterministic=True)).size == 4
+
+
 def test_a_batch_that_does_not_split_is_named_with_one_that_does():
     mesh = sharding.make_mesh(Run())
     sharding.check_batch(mesh, Run(batch_size=24, accumulate=2))

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import time
 from functools import partial
 
 import jax
@@ -308,6 +309,80 @@ def test_a_signal_saves_and_the_same_call_goes_on(signum, tmp_path):
     assert 7 <= at <= 8
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "preempted"
     assert checkpoint.digest(fit(exp, tmp_path)) == checkpoint.digest(whole)
+
+
+@pytest.mark.parametrize("at", [4, 12])
+def test_a_signal_in_an_evaluation_breaks_it_off_and_the_same_call_owes_it(at, tmp_path):
+    """What is written at 4 and 12 comes right before the evaluations of 6 and 12, the last step."""
+    exp = tiny.mlp(**on(1))
+    whole = fit(exp, tmp_path / "whole")
+
+    def write(reached: int, values: dict) -> None:
+        if reached == at and values:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(train.Preempted, match="saved"):
+        fit(exp, tmp_path / "broken", write=write)
+    stopped = checkpoint.manifest(tmp_path / "broken/checkpoints", 6 if at == 4 else 12)
+    assert stopped["extra"]["owed"] and not stopped["metrics"]
+    assert log.read_status(tmp_path / "broken")["digest"] == stopped["digest"]
+    assert checkpoint.digest(fit(exp, tmp_path / "broken")) == checkpoint.digest(whole)
+    assert without_times(tmp_path / "broken") == without_times(tmp_path / "whole")
+    statuses = [log.read_status(tmp_path / run) for run in ("whole", "broken")]
+    assert [status["state"] for status in statuses] == ["done", "done"]
+    assert statuses[0]["digest"] == statuses[1]["digest"] == checkpoint.digest(whole)  # two runs, compared by one line
+
+
+def test_more_signals_while_it_saves_lose_nothing(tmp_path, monkeypatch):
+    written = checkpoint._write
+
+    def write_while_they_come(*args) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), signum)
+            time.sleep(0.05)
+        written(*args)
+
+    monkeypatch.setattr(checkpoint, "_write", write_while_they_come)
+    with pytest.raises(train.Preempted) as stopped:
+        fit(tiny.mlp(**on(1)), tmp_path, write=lambda at, values: os.kill(os.getpid(), signal.SIGINT))
+    assert stopped.value.signum == signal.SIGINT
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2]  # told of 1, with 2 under way
+
+
+@pytest.mark.parametrize("moment", ["announce", "compile"])
+def test_a_signal_before_the_first_step_ends_the_run_before_it(moment, tmp_path, monkeypatch):
+    real = getattr(train, moment)
+
+    def disturbed(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(train, moment, disturbed)
+    with pytest.raises(train.Preempted, match=r"step 0$"):
+        fit(tiny.mlp(**on(1)), tmp_path)
+    assert log.read_status(tmp_path)["state"] == "preempted" and not checkpoint.steps(tmp_path / "checkpoints")
+    monkeypatch.undo()
+    assert int(fit(tiny.mlp(**on(1)), tmp_path).step) == 12
+
+
+@pytest.mark.parametrize(("step_seconds", "most"), [(4.0, 2), (0.3, 4), (0.001, 1001)])
+def test_what_is_in_flight_is_bounded_by_time(step_seconds, most, monkeypatch):
+    """On a device of its own clock, with a host that takes no time: about a second of work, or a call besides the one
+    that runs."""
+    now, queue, longest = [0.0], [0], [0]
+
+    def wait(_) -> None:
+        now[0] += queue[0] * step_seconds + 1e-6
+        queue[0] = 0
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    ahead = train.Ahead(1.0)
+    for _ in range(5000):
+        ahead.hold(None)
+        queue[0] += 1
+        longest[0] = max(longest[0], queue[0])
+    assert most - 1 <= longest[0] <= most
 
 
 def test_it_runs_in_a_thread_too():
