@@ -607,12 +607,12 @@ class Ahead:
 
     def hold(self, newest: Any) -> None:
         """Before a call; waits for the call before, `newest`, once in so many calls as lately took `seconds`."""
-        self.calls += 1
-        if self.calls > self.most:
+        if self.calls >= self.most:
             jax.block_until_ready(newest)
             now = time.perf_counter()
             self.most = max(1, int(self.calls * self.seconds / (now - self.since)))
             self.calls, self.since = 0, now
+        self.calls += 1
 
 
 def fetch(sums: Metrics) -> tuple[Metrics, float]:
