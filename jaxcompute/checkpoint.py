@@ -103,13 +103,16 @@ def _ranked(directory: Directory, rank: Rank) -> list[int]:
 # Restore
 
 
-def restore(directory: Directory, step: int, like: PyTree) -> State:
-    """The State of a step, bit for bit as it was saved.
+def restore(directory: Directory, step: int, like: PyTree, part: str = "") -> Any:
+    """The State of a step, bit for bit as it was saved; or a part of it.
+
+        params = restore(directory, step, program.abstract.params, part="params")  # under any optimizer, or none
 
     Args:
         directory: of the checkpoints.
         step: one of `steps(directory)`.
-        like: the State's shapes, dtypes and shardings, `jax.ShapeDtypeStruct` for arrays. Any mesh will do.
+        like: the shapes, dtypes and shardings, `jax.ShapeDtypeStruct` for arrays. Any mesh will do.
+        part: path of the part that `like` is, such as "params" or "ema/params"; "": it is the whole State.
 
     Raises:
         BadInput: the State saved has other paths, shapes or dtypes: nothing is cast, padded or dropped.
@@ -117,8 +120,10 @@ def restore(directory: Directory, step: int, like: PyTree) -> State:
     """
     folder = Path(directory) / str(step)
     saved = manifest(directory, step)
-    wanted = _named(like)
-    _same({name: _spec(leaf) for name, leaf in wanted.items()}, saved["arrays"], folder)
+    under = f"{part}/" if part else ""
+    specs = {name: spec for name, spec in saved["arrays"].items() if name.startswith(under)}
+    wanted = {under + name: leaf for name, leaf in _named(like).items()}
+    _same({name: _spec(leaf) for name, leaf in wanted.items()}, specs, folder)
     with ThreadPoolExecutor() as pool:
         for check in [pool.submit(_check, folder, name, seal) for name, seal in saved["files"].items()]:
             check.result()
@@ -128,7 +133,7 @@ def restore(directory: Directory, step: int, like: PyTree) -> State:
         raise Damaged(_damage(folder, "state", "gives other arrays than were saved"))
     state = jax.tree.map(_place, like, jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted]))
     # Without x64 JAX narrows float64 in silence.
-    _same({name: _spec(leaf) for name, leaf in _named(state).items()}, saved["arrays"], folder)
+    _same({under + name: _spec(leaf) for name, leaf in _named(state).items()}, specs, folder)
     return state
 
 
@@ -390,7 +395,7 @@ def _discard(step: Path) -> Path:
 # Bytes
 
 
-def digest(state: State) -> str:
+def digest(state: PyTree) -> str:
     """SHA-256 over paths, dtypes, shapes and bytes of all leaves: two States are equal if and only if theirs are."""
     return _digest({name: _spec(leaf) for name, leaf in _named(state).items()}, _fetch(state))
 

@@ -62,6 +62,7 @@ class Run:
     ] = 0
     mesh_data: Annotated[int, "devices that split the batch; -1: all that remain", Range(ge=-1)] = -1
     mesh_fsdp: Annotated[int, "devices that split the batch and the parameters as well", Range(ge=-1)] = 1
+    mesh_model: Annotated[int, "devices that split parameters alone, as the experiment's rule says", Range(ge=-1)] = 1
 
 
 class Source(Protocol):

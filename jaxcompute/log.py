@@ -451,12 +451,34 @@ def _is_number(value: Any) -> bool:
 
 
 def parameter_table(params: Any) -> str:
-    """A line a layer: path, shapes, parameters, bytes; and the total. Leaves may be abstract (ShapeDtypeStruct)."""
+    """A line a layer: path, shapes, parameters, bytes; and the total. Leaves may be abstract (ShapeDtypeStruct).
+
+    Where a mesh splits any of them, a line a parameter: its shape, how it is split, and the bytes that a device holds.
+    """
     import jax  # here: a sweep's parent reads logs without it
 
+    named = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    ]
+    at: list[Any] = [getattr(leaf, "sharding", None) for _, leaf in named]
+    if any(sharding is not None and not sharding.is_fully_replicated for sharding in at):
+        rows = [
+            (
+                name,
+                "x".join(map(str, leaf.shape)) or "scalar",
+                ", ".join("/".join([p] if isinstance(p, str) else p or ["-"]) for p in sharding.spec) or "whole",
+                math.prod(leaf.shape) * leaf.dtype.itemsize,
+                math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+            )
+            for (name, leaf), sharding in zip(named, at, strict=True)
+        ]
+        rows.append(("total", "", "", sum(row[3] for row in rows), sum(row[4] for row in rows)))
+        return table(rows, ("parameter", "shape", "split over", "bytes", "bytes a device"))
+
     layers: dict[str, list[tuple[str, Any]]] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        *layer, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    for path, leaf in named:
+        *layer, name = path.split("/")
         layers.setdefault("/".join(layer), []).append((name, leaf))
     rows = []
     for layer, leaves in layers.items():

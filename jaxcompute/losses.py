@@ -12,7 +12,7 @@ from jaxcompute.metrics import Mean, Metrics
 
 
 def cross_entropy(label_smoothing: float = 0.0) -> Loss:
-    """Softmax cross-entropy in nats, of logits [B, C] and integer labels [B].
+    """Softmax cross-entropy in nats, of logits [B, C] and integer labels [B], or probabilities [B, C] as of a mix-up.
 
     With label smoothing, the target is (1 - s) on the label and s / C more on every class (Szegedy et al. 2015,
     arXiv:1512.00567, section 7); the loss reported is the smoothed one.
@@ -20,7 +20,11 @@ def cross_entropy(label_smoothing: float = 0.0) -> Loss:
 
     def loss(logits: jax.Array, batch: Batch) -> tuple[jax.Array, Metrics]:
         label, mask = batch["label"], batch.get("mask")
-        nll = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        if label.ndim == logits.ndim:
+            nll = optax.softmax_cross_entropy(logits, label)
+            label = label.argmax(-1)
+        else:
+            nll = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         if label_smoothing:
             nll = (1 - label_smoothing) * nll - label_smoothing * jax.nn.log_softmax(logits).mean(-1)
         mean = Mean.of(nll, mask)

@@ -6,6 +6,8 @@ the global batch by construction.
 
 import math
 import os
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,39 +18,60 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxcompute.core import Batch, PyTree, Rule, Run
 from jaxcompute.errors import BadInput
 
-BATCH = PartitionSpec(("data", "fsdp"))  # both axes split the batch; fsdp splits the parameters too
+AXES = ("data", "fsdp", "model")
+BATCH = PartitionSpec(("data", "fsdp"))  # both axes split the batch; fsdp splits the parameters too, model them alone
 WHOLE = PartitionSpec()
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def make_mesh(config: Run, devices: list[Any] | None = None) -> Mesh:
-    """A mesh [data, fsdp] of the sizes in the config, over the first devices of the list.
+    """A mesh [data, fsdp, model] of the sizes in the config, over the first devices of the list.
 
     Raises:
-        BadInput: there are too few devices, or the batch can't be split over them; or it is too late for what is
-            deterministic.
+        BadInput: there are too few devices, or some would be left over; names the sizes that would fit. Or it is too
+            late for what is deterministic.
     """
     if config.deterministic:
         make_deterministic()
     devices = jax.devices() if devices is None else devices
-    sizes = {"mesh_data": config.mesh_data, "mesh_fsdp": config.mesh_fsdp}
+    sizes = {f"mesh_{axis}": getattr(config, f"mesh_{axis}") for axis in AXES}
     for name, size in sizes.items():
         if size == 0 or size < -1:
             raise BadInput(f"--config.{name}={size}: give a number of devices, or -1 for all that remain")
-    if list(sizes.values()).count(-1) == 2:
-        raise BadInput("--config.mesh_data=-1 and --config.mesh_fsdp=-1: only one can be the rest")
-    fixed = math.prod(size for size in sizes.values() if size > 0)
-    shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes.values())
-    if not 0 < math.prod(shape) <= len(devices):
-        wanted = " x ".join(f"{name}={size}" for name, size in sizes.items())
-        raise BadInput(f"--config.{wanted}: needs {fixed} devices and there are {len(devices)}; take fewer, or -1")
+    rest = [f"--config.{name}=-1" for name, size in sizes.items() if size == -1]
+    if len(rest) > 1:
+        raise BadInput(f"{' and '.join(rest)}: only one can be the rest")
+    count, fixed = len(devices), math.prod(size for size in sizes.values() if size > 0)
+    if fixed > count or (rest and count % fixed):
+        asked = " x ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
+        raise BadInput(
+            f"--config.{asked}: needs {'a multiple of ' if fixed <= count else ''}{fixed} devices and there are "
+            f"{count}; {_fitting(sizes, count, fixed)} would fit"
+        )
+    shape = tuple(count // fixed if size == -1 else size for size in sizes.values())
     chosen = devices[: math.prod(shape)]
     if len({device.process_index for device in chosen}) < jax.process_count():
         raise BadInput(
-            f"{len(chosen)} of {len(devices)} devices would leave some of the {jax.process_count()} processes idle: "
+            f"{len(chosen)} of {count} devices would leave some of the {jax.process_count()} processes idle: "
             "take them all, --config.mesh_data=-1, or start fewer processes"
         )
-    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=chosen)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=chosen)
+
+
+def _fitting(sizes: Mapping[str, int], count: int, fixed: int) -> str:
+    """For each size that was given, what it might be if the others stay: what divides the devices they leave."""
+    found = []
+    for name, size in sizes.items():
+        left = count // (fixed // size) if size > 1 else 0
+        divisors = [str(n) for n in range(1, left + 1) if left % n == 0]
+        if divisors:
+            found.append(f"{name} of {' or '.join([', '.join(divisors[:-1]), divisors[-1]] if left > 1 else divisors)}")
+    return ", or ".join(found) or "smaller sizes"
+
+
+def rows(mesh: Mesh) -> int:
+    """Parts that the batch is cut into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def make_deterministic() -> None:
@@ -71,11 +94,11 @@ def make_deterministic() -> None:
 
 def check_batch(mesh: Mesh, config: Run) -> None:
     """Raises BadInput unless the batch splits evenly over the devices and the micro-batches."""
-    parts = mesh.size * config.accumulate
+    parts = rows(mesh) * config.accumulate
     if config.accumulate < 1 or config.batch_size < 1 or config.batch_size % parts:
         near = max(parts, round(config.batch_size / max(parts, 1)) * parts)
         raise BadInput(
-            f"--config.batch_size={config.batch_size}: does not split over {mesh.size} device(s) x "
+            f"--config.batch_size={config.batch_size}: does not split over {rows(mesh)} device(s) x "
             f"--config.accumulate={config.accumulate}; take a multiple of {parts}, such as {near}, "
             "or fewer devices by --config.mesh_data"
         )
@@ -100,14 +123,71 @@ def fsdp(min_size: int = 2**14) -> Rule:
     return rule
 
 
+def by_pattern(specs: Mapping[str, PartitionSpec], otherwise: Rule = replicate) -> Rule:
+    """The spec of the first pattern found in a parameter's path, "params/Dense_0/kernel"; where none is, `otherwise`.
+
+    Two dense layers in a row, tensor parallel (Shoeybi et al. 2019, arXiv:1909.08053, section 3): the first by columns,
+    so that each device holds some of the hidden units whole, the second by rows, whose sum is the one collective:
+
+        by_pattern({"Dense_0/kernel": P(None, "model"), "Dense_0/bias": P("model"), "Dense_1/kernel": P("model", None)})
+    """
+
+    def rule(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> PartitionSpec:
+        for pattern, spec in specs.items():
+            if re.search(pattern, "/".join(path)):
+                return spec
+        return otherwise(path, leaf, mesh)
+
+    return rule
+
+
 def shardings(mesh: Mesh, rule: Rule | None, tree: PyTree) -> PyTree:
-    """A NamedSharding for each leaf; optimizer state and averages have their parameter's shape and so its spec."""
+    """A NamedSharding for each leaf of a State.
+
+    The rule places the parameters. What has a parameter's path at its end and its shape (moments, averages) lies as
+    the parameter does; all else (counts, keys, batch statistics) is whole on every device.
+
+    Raises:
+        BadInput: a parameter does not split as the rule says, or no rule splits any over the axis `model`.
+    """
     chosen = rule or (fsdp() if mesh.shape["fsdp"] > 1 else replicate)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    named = [(tuple(jax.tree_util.keystr((k,), simple=True) for k in path), leaf) for path, leaf in leaves]
+    specs: dict[tuple[tuple[str, ...], tuple[int, ...]], PartitionSpec] = {}  # by (path, shape) of a parameter
+    for path, leaf in named:
+        if path[0] == "params":
+            specs[path[1:], leaf.shape] = _checked(path, leaf, chosen(path, leaf, mesh), mesh)
+    if mesh.shape["model"] > 1 and not any("model" in _axes(spec) for spec in specs.values()):
+        raise BadInput(
+            f"--config.mesh_model={mesh.shape['model']}: this experiment splits no parameter over it; "
+            "give it a rule (sharding.by_pattern), or --config.mesh_model=1"
+        )
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, chosen(tuple(jax.tree_util.keystr((k,), simple=True) for k in path), leaf, mesh))
+    def place(path: tuple[str, ...], leaf: Any) -> NamedSharding:
+        ends = ((path[i:], leaf.shape) for i in range(len(path)))
+        return NamedSharding(mesh, next((specs[end] for end in ends if end in specs), WHOLE))
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree.unflatten(structure, [place(path, leaf) for path, leaf in named])
+
+
+def _axes(spec: PartitionSpec) -> list[str]:
+    return [axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)]
+
+
+def _checked(path: tuple[str, ...], leaf: Any, spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    name, shape = "/".join(path), "x".join(map(str, leaf.shape))
+    if len(spec) > len(leaf.shape) or not set(_axes(spec)) <= set(mesh.axis_names):
+        raise BadInput(f"the rule gives {name} [{shape}] {spec}: give at most one of {mesh.axis_names} for each axis")
+    for size, part in zip(leaf.shape, spec, strict=False):
+        axes = _axes(PartitionSpec(part))
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if size % parts:
+            fit = ", ".join(str(n) for n in range(1, min(size, jax.device_count()) + 1) if size % n == 0)
+            raise BadInput(
+                f"{name} [{shape}] does not split as {spec}: {size} over {parts} devices; "
+                f"--config.mesh_{axes[0]} of {fit} would fit"
+            )
+    return spec
 
 
 def split(mesh: Mesh, batch: Batch) -> Batch:

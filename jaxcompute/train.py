@@ -26,7 +26,7 @@ import numpy as np
 
 from jaxcompute import checkpoint, distributed, log, metrics, sharding, step
 from jaxcompute.core import Batch, Experiment, Run, Source, State, Writer
-from jaxcompute.errors import BadInput
+from jaxcompute.errors import BadInput, Elsewhere
 from jaxcompute.metrics import Last, Metrics
 
 # jitted residual blocks give NaN or garbage on processors with AVX-512 bf16; an empty fusion type mends it
@@ -35,7 +35,8 @@ MEND = "--xla_cpu_experimental_ynn_fusion_type="
 
 
 # fields that a run may go on with changed: what is computed from a State, or seen of it, stays sound
-FREE = {"steps", "epochs", "log_every", "eval_every", "save_every", "keep_last", "keep_best", "mesh_data", "mesh_fsdp"}
+FREE = {"steps", "epochs", "log_every", "eval_every", "save_every", "keep_last", "keep_best"}
+FREE |= {"mesh_data", "mesh_fsdp", "mesh_model"}
 
 
 AHEAD = 2  # streamed batches that are on the devices before they are asked for, and calls dispatched before one is done
@@ -99,7 +100,7 @@ def resolve(exp: Experiment, mesh: jax.sharding.Mesh) -> Experiment:
         config = dataclasses.replace(config, steps_per_call=1 if cpu or not exp.train.resident else 8)
     if config.steps_per_call > 1 and not exp.train.resident:
         raise BadInput(f"--config.steps_per_call={config.steps_per_call}: a streamed batch is one step's; give 1")
-    rows = -(-exp.eval.batch_size // mesh.size) * mesh.size
+    rows = -(-exp.eval.batch_size // sharding.rows(mesh)) * sharding.rows(mesh)
     return dataclasses.replace(exp, config=config, eval=exp.eval.with_batch_size(rows))
 
 
@@ -325,7 +326,7 @@ def fit(
             with distributed.agreed(signals, alike, lost=broken) as stop:
                 state = loop(exp, workdir, mesh, write, say, signals, stop)
         except BaseException as error:
-            if not isinstance(error, BadInput) or (home and running(home)):  # else nothing ran
+            if not isinstance(error, BadInput | Elsewhere) or (home and running(home)):  # else nothing ran
                 broken(error)
             raise
         if digest := ended("done", exp.steps):

@@ -41,6 +41,18 @@ def test_an_examples_draw_depends_on_its_place_and_key_alone():
     assert len(np.unique(mapped(KEY, same), axis=0)) > 200
 
 
+def test_mixup_mixes_images_and_targets_alike():
+    image = IMAGES.astype(np.float32)
+    target = np.eye(256, dtype=np.float32)  # so that a target says who is in it, and how much
+    mixed, said = map(np.asarray, jax.jit(lambda k: augment.mixup(k, image, target, 0.3))(KEY))
+    share = said[np.arange(256), np.arange(256)]
+    np.testing.assert_allclose(said[np.arange(256), np.arange(-1, 255)], 1 - share, atol=1e-6)
+    np.testing.assert_allclose(mixed, np.einsum("ij,j...->i...", said, image), atol=1e-3)
+    # Beta(0.3, 0.3): mean 1/2, variance 1 / (4 (2 alpha + 1)) = 0.156; within 4 standard deviations
+    assert abs(share.mean() - 0.5) < 0.1 and abs(share.var() - 0.156) < 0.03
+    assert share.min() >= 0 and share.max() <= 1
+
+
 def test_flip_turns_about_half():
     out = np.asarray(jax.jit(lambda key, x: augment.per_example(key, x, augment.flip))(KEY, IMAGES))
     turned = (out == IMAGES[:, :, ::-1]).all((1, 2, 3))

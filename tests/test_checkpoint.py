@@ -128,6 +128,24 @@ def test_restores_onto_another_mesh(tmp_path, at, to):
         assert a.sharding == b.sharding
 
 
+def test_a_part_alone_is_restored_and_is_as_strict(tmp_path):
+    state = make_state(1)
+    save(tmp_path, state)
+    back = checkpoint.restore(tmp_path, 1, like(make_state(0)).params, part="params")
+    assert checkpoint.digest(back) == checkpoint.digest(state.params)
+    for change, named in (
+        (dict(size=9), r"params/Dense_0/kernel is float32\[8,4\] there and float32\[9,4\] in this run"),
+        (dict(kernel=jnp.zeros((8, 4), jnp.int32)), "params/Dense_0/kernel is float32.* int32"),
+    ):
+        with pytest.raises(BadInput, match=named):
+            checkpoint.restore(tmp_path, 1, like(make_state(0, **change)).params, part="params")
+    with pytest.raises(BadInput, match="ema/params/Dense_0/bias is absent there"):
+        checkpoint.restore(tmp_path, 1, like(make_state(0)).params, part="ema/params")
+    with pytest.raises(BadInput, match=r"params/Dense_0/kernel is float32.* there and absent"):
+        lacking = {"Dense_0": {"bias": like(make_state(0)).params["Dense_0"]["bias"]}}
+        checkpoint.restore(tmp_path, 1, lacking, part="params")
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [

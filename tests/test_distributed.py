@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import worker
 
 from jaxcompute import checkpoint, distributed, log
 from jaxcompute.errors import BadInput
@@ -39,7 +41,7 @@ class Several:
             for i in range(n)
         ]
 
-    def end(self, seconds: float = 120) -> list[tuple[int, list[str]]]:
+    def end(self, seconds: float = 240) -> list[tuple[int, list[str]]]:
         """Exit code and lines of each, less what the collectives' library says of itself."""
         ended = []
         try:
@@ -67,22 +69,44 @@ def close(one: Path, other: Path) -> None:
             assert b[step][tag] == pytest.approx(values[tag], rel=1e-6, abs=1e-7), (step, tag)
 
 
-def test_two_processes_train_as_one_and_each_goes_on_where_the_other_was(launcher, tmp_path):
+def test_two_processes_train_as_one(launcher, tmp_path):
     flags = [*SMALL, "--config.steps=60", "--config.eval_every=30"]
     assert launcher(*flags, f"--workdir={tmp_path / 'one'}", cwd=ROOT).code == 0
-    shutil.copytree(tmp_path / "one", tmp_path / "half")
-    shutil.rmtree(tmp_path / "half/checkpoints/60")
-
-    for name in ("two", "half"):
-        (code, said), (other_code, other_said) = launch(*flags, f"--workdir={tmp_path / name}").end()
-        assert (code, other_code) == (0, 0), (said, other_said)
-        assert not other_said  # process 0 alone speaks, and writes:
-        assert checkpoint.steps(tmp_path / name / "checkpoints") == [30, 60]
-        assert any("2 x cpu" in line for line in said)
-        assert ("resuming at step 30 of 60" in said) == (name == "half")
-        close(tmp_path / "one", tmp_path / name)
+    (code, said), (other_code, other_said) = launch(*flags, f"--workdir={tmp_path / 'two'}").end()
+    assert (code, other_code) == (0, 0), (said, other_said)
+    assert not other_said  # process 0 alone speaks, and writes:
+    assert checkpoint.steps(tmp_path / "two/checkpoints") == [30, 60]
+    assert any("2 x cpu" in line for line in said)
+    close(tmp_path / "one", tmp_path / "two")
     table = json.loads((tmp_path / "two/evaluation.json").read_text())["confusion"]
     assert sum(map(sum, table)) == 359  # every example once
+
+
+def test_batches_and_checkpoints_do_not_know_how_many_devices_and_processes_there_are(tmp_path):
+    whole = worker.split_run(tmp_path / "half", mesh_data=1, mesh_fsdp=4)
+    shutil.copytree(tmp_path / "half", tmp_path / "four")
+    shutil.rmtree(tmp_path / "half/checkpoints/6")
+    (code, said), (other_code, other_said) = Several([str(ROOT / "tests/worker.py"), str(tmp_path)]).end()
+    assert (code, other_code) == (0, 0), (said, other_said)
+    assert said == other_said == ["(36, 256)"]  # each process holds half of the kernel
+
+    with np.load(tmp_path / "bits.npz") as file:
+        two_processes = dict(file)
+    for devices in (1, 2, 4):
+        here = worker.augmented({"mesh_data": devices})
+        assert here.keys() == two_processes.keys()
+        for name, array in here.items():
+            np.testing.assert_array_equal(array, two_processes[name], err_msg=f"{name} on {devices} devices")
+
+    close(tmp_path / "four", tmp_path / "half")  # four devices of one process, then two processes
+    shutil.rmtree(tmp_path / "new/checkpoints/6")
+    worker.split_run(
+        tmp_path / "new",
+        mesh_data=1,
+        mesh_fsdp=1,
+    )  # and two processes, then one device, replicated
+    close(tmp_path / "four", tmp_path / "new")
+    assert whole.params["Dense_0"]["kernel"].shape == (36, 512)
 
 
 def test_a_signal_to_one_stops_all_after_one_step_and_one_goes_on(launcher, tmp_path):

@@ -30,6 +30,20 @@ def test_cross_entropy_is_the_mean_over_real_examples(smoothing):
     np.testing.assert_allclose(value, nll.mean(), rtol=1e-6)
 
 
+def test_cross_entropy_of_probabilities_is_that_of_their_labels():
+    one_hot = np.eye(4, dtype=np.float32)[LABEL]
+    for smoothing in (0.0, 0.2):
+        soft, counted = losses.cross_entropy(smoothing)(LOGITS, {"label": one_hot, "mask": MASK})
+        hard, expected = losses.cross_entropy(smoothing)(LOGITS, {"label": LABEL, "mask": MASK})
+        np.testing.assert_allclose(soft, hard, rtol=1e-6)
+        assert counted["accuracy"].compute() == expected["accuracy"].compute()
+    half = (one_hot + np.roll(one_hot, 1, -1)) / 2
+    log_p = np.asarray(jax.nn.log_softmax(LOGITS))
+    np.testing.assert_allclose(
+        losses.cross_entropy()(LOGITS, {"label": half})[0], -(half * log_p).sum(-1).mean(), rtol=1e-6
+    )
+
+
 def test_cross_entropy_gradient_is_softmax_minus_target_and_zero_on_padding():
     def value(logits):
         return losses.cross_entropy()(logits, {"label": LABEL, "mask": MASK})[0]

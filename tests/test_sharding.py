@@ -3,19 +3,23 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import tiny
 from jax.sharding import PartitionSpec as P
 
-from jaxcompute import sharding
+from experiments import digits_mlp, digits_shard_map
+from jaxcompute import core, log, sharding, train
 from jaxcompute.core import Run
 from jaxcompute.errors import BadInput
 
 
 def test_a_mesh_takes_all_devices_or_those_asked_for():
-    assert dict(sharding.make_mesh(Run()).shape) == {"data": 4, "fsdp": 1}
-    assert dict(sharding.make_mesh(Run(mesh_fsdp=2)).shape) == {"data": 2, "fsdp": 2}
-    assert dict(sharding.make_mesh(Run(mesh_data=1, mesh_fsdp=-1)).shape) == {"data": 1, "fsdp": 4}
-    assert dict(sharding.make_mesh(Run(mesh_data=3)).shape) == {"data": 3, "fsdp": 1}
+    assert dict(sharding.make_mesh(Run()).shape) == {"data": 4, "fsdp": 1, "model": 1}
+    assert dict(sharding.make_mesh(Run(mesh_fsdp=2)).shape) == {"data": 2, "fsdp": 2, "model": 1}
+    assert dict(sharding.make_mesh(Run(mesh_data=1, mesh_fsdp=-1)).shape) == {"data": 1, "fsdp": 4, "model": 1}
+    assert dict(sharding.make_mesh(Run(mesh_data=3)).shape) == {"data": 3, "fsdp": 1, "model": 1}
+    assert dict(sharding.make_mesh(Run(mesh_model=2)).shape) == {"data": 2, "fsdp": 1, "model": 2}
 
 
 @pytest.mark.parametrize(
@@ -25,7 +29,9 @@ def test_a_mesh_takes_all_devices_or_those_asked_for():
         ({"mesh_data": 0}, "mesh_data=0"),
         ({"mesh_fsdp": -2}, "mesh_fsdp=-2"),
         ({"mesh_data": -1, "mesh_fsdp": -1}, "only one"),
-        ({"mesh_data": -1, "mesh_fsdp": 5}, "there are 4"),
+        ({"mesh_data": -1, "mesh_fsdp": 5}, "needs 5 devices and there are 4; mesh_fsdp of 1, 2 or 4 would fit"),
+        ({"mesh_data": -1, "mesh_model": 3}, "a multiple of 3 devices and there are 4; mesh_model of 1, 2 or 4 would"),
+        ({"mesh_data": 3, "mesh_fsdp": 2}, "needs 6 .* mesh_data of 1 or 2, or mesh_fsdp of 1 would fit"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_named(fields, named):
@@ -106,4 +112,76 @@ def test_rules_see_paths():
         shape: tuple = (2,)
 
     sharding.shardings(mesh, rule, {"params": {"Dense_0": {"kernel": Leaf()}}, "opt_state": [Leaf()]})
-    assert seen == ["opt_state/0", "params/Dense_0/kernel"]
+    assert seen == ["params/Dense_0/kernel"]  # and what is no parameter follows one or is whole
+
+
+TENSOR_PARALLEL = {"Dense_0/kernel": P(None, "model"), "Dense_0/bias": P("model"), "Dense_1/kernel": P("model", None)}
+
+
+def compiled(rule, **fields) -> train.Program:
+    exp = tiny.mlp(tiny.MLP((16,), 3), steps=4, ema=0.9, **fields)
+    exp = dataclasses.replace(exp, rule=rule, optimizer=optax.adamw(exp.schedule))
+    mesh = sharding.make_mesh(exp.config)
+    return train.compile(train.resolve(exp, mesh), mesh)
+
+
+def trained(program: train.Program) -> core.State:
+    state, sums = program.init(), program.sums()
+    for at in range(4):
+        state, sums = program.steps(1)(state, sums, program.feed(at))
+    return state
+
+
+def test_two_dense_layers_split_over_model_train_as_the_whole_ones_and_moments_and_averages_follow():
+    program = compiled(sharding.by_pattern(TENSOR_PARALLEL), mesh_data=2, mesh_model=2)
+    state = trained(program)
+    adam = state.opt_state[0]
+    for tree in (state.params, adam.mu, adam.nu, state.ema["params"]):
+        held = {
+            "/".join(part.key for part in path): leaf.addressable_shards[0].data.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        assert held == {"Dense_0/bias": (8,), "Dense_0/kernel": (36, 8), "Dense_1/bias": (3,), "Dense_1/kernel": (8, 3)}
+    assert state.key.sharding.is_fully_replicated and adam.count.sharding.is_fully_replicated
+    alone = trained(compiled(None, mesh_data=1))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params, alone.params)
+
+    table = log.parameter_table(program.abstract.params).splitlines()
+    assert table[0].split() == ["parameter", "shape", "split", "over", "bytes", "bytes", "a", "device"]
+    rows = {line.split()[0]: line.split()[1:] for line in table[2:]}
+    assert rows["Dense_0/kernel"] == ["36x16", "-,", "model", "2,304", "1,152"]
+    assert rows["Dense_1/bias"] == ["3", "whole", "12", "12"]
+    assert rows["total"] == ["2,572", "1,292"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "named"),
+    [
+        (None, "mesh_model=2: this experiment splits no parameter over it"),
+        (
+            {"Dense_1/bias": P("model")},
+            r"params/Dense_1/bias \[3\] does not split .* 3 over 2 devices; .*mesh_model of 1, 3 would",
+        ),
+        ({"bias": P(None, "model")}, r"params/Dense_0/bias \[16\] .* at most one"),
+        ({"kernel": P("modle")}, r"params/Dense_0/kernel \[36x16\] .* give at most one of \('data', 'fsdp', 'model'\)"),
+    ],
+)
+def test_a_rule_that_does_not_fit_is_named(rule, named):
+    with pytest.raises(BadInput, match=named):
+        compiled(rule and sharding.by_pattern(rule), mesh_data=2, mesh_model=2)
+
+
+def test_the_step_with_its_collectives_written_out_equals_the_one_without():
+    fields = {"features": (16,), "dropout": 0.0, "batch_size": 32, "steps": 4}
+    written = digits_shard_map.experiment(digits_shard_map.Config(**fields))
+    plain = digits_mlp.experiment(digits_mlp.Config(**fields))
+    states = []
+    for exp in (written, plain):
+        mesh = sharding.make_mesh(exp.config)
+        program = train.compile(train.resolve(exp, mesh), mesh)
+        reduced = program.steps(1).as_text()
+        assert reduced and "all-reduce" in reduced
+        states.append(trained(program))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), states[0].params, states[1].params
+    )

@@ -17,6 +17,27 @@ def per_example(key: jax.Array, images: jax.Array, fn: Callable[..., jax.Array],
     return jax.vmap(fn)(keys, images, *more)
 
 
+def mixup(key: jax.Array, images: jax.Array, targets: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
+    """Each example mixed with its neighbour in the batch, whose order is random (Zhang et al. 2017, arXiv:1710.09412).
+
+    Args:
+        images: [B, ...] float.
+        targets: [B, C] float: probabilities, such as jax.nn.one_hot(label, C).
+        alpha: the share that an example keeps is drawn from Beta(alpha, alpha), for each by a key of its own.
+
+    Returns:
+        Images and targets, mixed alike; the loss takes the targets as its `label`.
+    """
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(images), dtype=jnp.uint32))
+    share = jax.vmap(lambda k: jax.random.beta(k, alpha, alpha, dtype=jnp.float32))(keys)
+
+    def mix(x: jax.Array) -> jax.Array:
+        own = share.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
+        return own * x + (1 - own) * jnp.roll(x, 1, axis=0)
+
+    return mix(images), mix(targets)
+
+
 def flip(key: jax.Array, image: jax.Array) -> jax.Array:
     """image [H, W, C], mirrored left to right with probability 1/2."""
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)

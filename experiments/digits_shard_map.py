@@ -1,0 +1,58 @@
+"""The digits MLP data parallel with its collectives written out, for those who want to see them.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 python launch.py --experiment=digits_shard_map
+
+Elsewhere the step is written for the whole batch and XLA adds what the devices must exchange. Here `jax.shard_map` runs
+the same code on each device's rows, and the two exchanges stand in it: the mean of the gradients and the sum of the
+metrics. The result is digits_mlp's without dropout, up to the order of summation: tests/test_sharding.py compares them.
+Batch norm, here, would see a device's rows alone: one more reason why the house leaves the collectives to XLA.
+"""
+
+import dataclasses
+import functools
+from typing import Annotated
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from experiments import digits_mlp
+from jaxcompute import sharding, step
+from jaxcompute.config import Range
+from jaxcompute.core import Batch, Experiment, PyTree, State, TrainStep
+from jaxcompute.metrics import Metrics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(digits_mlp.Config):
+    dropout: Annotated[float, "share of hidden units dropped; each device draws its own", Range(ge=0, lt=1)] = 0.0
+
+
+def experiment(config: Config) -> Experiment:
+    return dataclasses.replace(digits_mlp.experiment(config), train_step=data_parallel(sharding.make_mesh(config)))
+
+
+def data_parallel(mesh: Mesh) -> TrainStep:
+    """`step.train_step` for parameters that every device holds and a batch that all of them split."""
+    axes = sharding.BATCH[0]
+
+    def train_step(exp: Experiment, state: State, batch: Batch) -> tuple[State, Metrics]:
+        prepare_key, model_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        batch = exp.prepare(batch, prepare_key, True)  # keyed by an example's place in the whole batch
+
+        @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), sharding.BATCH), out_specs=P(), check_vma=False)
+        def gradient(params: PyTree, rows: Batch) -> tuple[PyTree, Metrics]:
+            def loss(params: PyTree) -> tuple[jax.Array, Metrics]:
+                key = jax.random.fold_in(model_key, jax.lax.axis_index(axes))
+                outputs, _ = step.forward(exp, params, state.mutable, rows["image"], train=True, key=key)
+                return exp.loss(outputs, rows)
+
+            grads, metrics = jax.grad(loss, has_aux=True)(params)
+            grads = jax.lax.pmean(grads, axes)  # an all-reduce of as many bytes as the parameters have
+            return grads, jax.lax.psum(metrics, axes)  # a few floats: sums and counts add up
+
+        grads, metrics = gradient(state.params, batch)
+        state, more = step.update(exp, state, grads, state.mutable)
+        return state, metrics | more
+
+    return train_step

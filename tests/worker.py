@@ -1,0 +1,73 @@
+"""What test_distributed runs in two processes, and in its own for comparison.
+
+python worker.py FOLDER --coordinator=HOST:PORT --processes=N --process=I
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def augmented(fields: dict):
+    """The batches of three steps and their dropout masks, on the host: order, crop, flip, mix-up and dropout."""
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+    import tiny
+
+    from jaxcompute import sharding, train
+    from jaxcompute.data import augment
+
+    exp = tiny.mlp(**fields)
+    mesh = sharding.make_mesh(exp.config)
+
+    def batch(feed, at):
+        batch = sharding.split(mesh, exp.train.batch(feed, at))
+        key, mix_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(1), at), 3)
+        image = batch["image"].astype(jnp.float32) / 255
+        image = augment.per_example(key, image, lambda k, x: augment.flip(k, augment.crop(k, x, 2)))
+        image, label = augment.mixup(mix_key, image, jax.nn.one_hot(batch["label"], 3), 0.4)
+        kept = nn.Dropout(0.5, deterministic=False).apply({}, jnp.ones((len(image), 16)), rngs={"dropout": dropout_key})
+        return {"image": image, "label": label, "kept": kept}
+
+    whole = jax.sharding.NamedSharding(mesh, sharding.WHOLE)
+    feed = train.feeder(mesh, exp.train)
+    jitted = jax.jit(batch, out_shardings=whole)
+    return {
+        f"{name} {at}": array
+        for at in (0, 3, 9)
+        for name, array in jax.device_get(jitted(feed(at), jnp.int32(at))).items()
+    }
+
+
+def split_run(folder: Path, **fields):
+    """Six steps of an MLP whose first kernel is split; its State."""
+    import tiny
+
+    from jaxcompute import train
+
+    exp = tiny.mlp(tiny.MLP((512,), 3), **({"steps": 6, "log_every": 1, "save_every": 3} | fields))
+    return train.fit(dataclasses.replace(exp, classes=()), folder, say=lambda text: None, allow_changes=True)
+
+
+def main() -> None:
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import jax
+    import numpy as np
+
+    from jaxcompute import distributed
+
+    folder, flags = Path(sys.argv[1]), [argument.partition("=")[2] for argument in sys.argv[2:]]
+    distributed.start(flags[0], int(flags[1]), int(flags[2]))
+    bits = augmented({})
+    if jax.process_index() == 0:
+        np.savez(folder / "bits.npz", **bits)
+    state = split_run(folder / "new", mesh_fsdp=2)
+    split_run(folder / "half", mesh_fsdp=2)
+    print(state.params["Dense_0"]["kernel"].addressable_shards[0].data.shape)
+
+
+if __name__ == "__main__":
+    main()
