@@ -45,6 +45,8 @@ flags.DEFINE_bool("json", False, "doctor: print JSON")
 flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where a launcher does not tell jax")
 flags.DEFINE_integer("processes", None, "how many there are; with --coordinator")
 flags.DEFINE_integer("process", None, "which one this is, from 0; with --coordinator")
+flags.DEFINE_float("heartbeat_timeout", 100, "seconds after which a process that is dead or stopped ends the run", 10)
+flags.DEFINE_float("step_timeout", 600, "seconds a step of several processes may take, else the run ends; 0: any", 0)
 FLAGS = flags.FLAGS
 
 
@@ -64,7 +66,8 @@ def main(argv: list[str]) -> None:
         raise BadInput(f"--mode={FLAGS.mode}: say which run, --workdir=DIR")
     if FLAGS.mode != "train" and FLAGS.sweep:
         raise BadInput(f"--mode={FLAGS.mode} --sweep: a sweep trains; take its runs one by one, --workdir=DIR")
-    distributed.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+    limits = FLAGS.heartbeat_timeout, FLAGS.step_timeout
+    distributed.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process, *limits)
     if distributed.several() and (FLAGS.sweep or FLAGS.mode in ("replay", "verify_resume")):
         raise BadInput("a sweep, --mode=replay and --mode=verify_resume are of one process; start it once")
     # with the process, as two runs may start in one second

@@ -11,14 +11,17 @@ is the one that a single process runs, and a step costs a lock that nobody conte
 
 import atexit
 import contextlib
+import faulthandler
 import itertools
+import math
 import os
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax._src import clusters  # private, as are the two below: jax has no public door to what its launcher found,
@@ -26,16 +29,27 @@ from jax._src.distributed import global_state  # nor to its key-value store
 
 from jaxcompute.errors import BadInput, Elsewhere
 
+LATE = "ran past its limit"
+ROLL_CALL = 5.0  # seconds for a process to answer, if it is alive
 PATIENCE = 3600  # seconds to wait for a peer that is alive: one that prepares a data set, or compiles
 COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # of this step: an interactive shell is a step of one
 _calls = itertools.count()  # every process makes the same calls in the same order: a call's number names its keys
 _told: BaseException | None = None  # the error that the other processes know of
+_silence = 100.0  # seconds after which a process is taken for lost
+_limit = 0.0  # seconds that the loop may stand still; 0: any
+_moved = 0.0  # when it last came further
 
 
 # -- joining -----------------------------------------------------------------------------------------------------------
 
 
-def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+def start(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    heartbeat_timeout: float = 100,
+    step_timeout: float = 600,
+) -> None:
     """Join the other processes, found by all three arguments or by JAX under Slurm, Open MPI and Kubernetes.
 
     Before anything else of jax. Where neither says that there are several processes, nothing is done. The coordinator,
@@ -45,6 +59,8 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
         coordinator: HOST:PORT of process 0, as the others reach it.
         processes: how many there are.
         process: which this is, from 0.
+        heartbeat_timeout: seconds of silence after which jax takes a process for lost, and ends the others.
+        step_timeout: seconds that the loop of `agreed` may stand still; 0: any.
 
     Raises:
         BadInput: some of the three are missing or wrong, the address cannot be listened on, or nobody answers.
@@ -71,6 +87,9 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
         raise BadInput(f"--coordinator={coordinator}: write HOST:PORT, an address of process 0 that the others reach")
     if not 0 <= process < processes:
         raise BadInput(f"--process={process}: of {processes} processes, count from 0 to {processes - 1}")
+    global _silence, _limit
+    _silence, _limit = heartbeat_timeout, step_timeout
+    faulthandler.enable()  # jax ends a process whose peer is lost by SIGABRT: with its Python stacks, then
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM; `agreed` sees to signals
     try:
         jax.distributed.initialize(
@@ -80,6 +99,7 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
             local_device_ids=ids,
             cluster_detection_method="deactivate",
             coordinator_bind_address=own_address(host.strip("[]"), int(port)) if process == 0 else None,
+            heartbeat_timeout_seconds=math.ceil(heartbeat_timeout),
             shutdown_timeout_seconds=PATIENCE,  # process 0 may be writing the last checkpoint
         )
     except RuntimeError as error:
@@ -165,8 +185,8 @@ def agreed(
     """Around the loop, a question for it to ask after each call: is this the step after which all stop?
 
     One process stops as soon as it has a signal. Of several, the one that has it says so, each then says how far its
-    loop has come, and all stop at the first step beyond. An error in one loop ends the others, which may be waiting
-    for its devices.
+    loop has come, and all stop at the first step beyond. An error in one loop, or a loop that stands still for longer
+    than the limit of `start`, ends all: each tells why, and which process does not answer any more.
 
     Args:
         signals: that came to this process; that which came to another is put in front.
@@ -178,7 +198,7 @@ def agreed(
         return
     client, key, me = _client(), f"jaxcompute/{next(_calls)}", jax.process_index()
     reached, last = 0, sys.maxsize  # steps: that this loop has asked about, and beyond which it stops
-    moving = threading.Lock()
+    moving, ended, answered = threading.Lock(), threading.Event(), time.monotonic()
 
     def say(word: str) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another has said its word before
@@ -186,12 +206,15 @@ def agreed(
 
     def listen() -> None:
         nonlocal last
-        word, _, message = client.blocking_key_value_get(f"{key}/word", 2**31 - 1).partition(" ")
+        try:
+            word, _, message = client.blocking_key_value_get(f"{key}/word", 2**31 - 1).partition(" ")
+        except jax.errors.JaxRuntimeError:  # jax ends this process too, with more words
+            end("process 0, which coordinates the others, is lost", stacks=True)
         if word == "failed":
-            if not message.startswith(f"process {me} "):
-                print(message, file=sys.stderr, flush=True)
-                lost(message)
-                _leave(client, key)
+            if silent := roll_call():
+                message = f"process {' and '.join(map(str, silent))} does not answer: it is lost ({message})"
+            if not message.startswith(f"process {me} failed"):  # that one ends by the error itself
+                end(message, stacks=bool(silent) or LATE in message)
         elif word != "end":
             with moving:  # this loop waits here until the others have said how far they are
                 client.key_value_set(f"{key}/at/{me}", str(reached))
@@ -199,36 +222,85 @@ def agreed(
                 signals.insert(0, int(word))
                 last = max(int(at) for _, at in client.key_value_dir_get(f"{key}/at/"))
 
+    def ask() -> None:
+        """The coordinator, now and then: one that is stopped keeps its connections, and jax would not name it."""
+        nonlocal answered
+        while not ended.wait(1.0):
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # no such key is an answer
+                client.key_value_try_get(f"{key}/at/{me}")
+            answered = time.monotonic()
+
+    def watch() -> None:
+        """Whatever holds the loop up, a peer or its own Python, ends in the limit."""
+        while not ended.wait(1.0):
+            if time.monotonic() - answered > 0.4 * _silence:  # jax takes half of it, at the least
+                end("process 0, which coordinates the others, does not answer: it is lost", stacks=True)
+            if _limit and time.monotonic() - _moved > _limit:
+                message = f"process {me}: step {reached + 1:,} {LATE} of {_limit:g} s (--step_timeout)"
+                threading.Thread(target=say, args=[f"failed {message}"], daemon=True).start()
+                if not ended.wait(2 * ROLL_CALL):  # all that listen tell and leave meanwhile
+                    end(message, stacks=True)  # the coordinator does not
+
+    def roll_call() -> list[int]:
+        """The processes that do not answer."""
+        everyone, until = set(range(jax.process_count())), time.monotonic() + ROLL_CALL
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client.key_value_set(f"{key}/here/{me}", str(reached))
+            while True:
+                here = client.key_value_dir_get(f"{key}/here/")
+                silent = everyone - {int(name.rpartition("/")[2]) for name, _ in here}
+                if not silent or time.monotonic() > until:
+                    return sorted(silent)
+                time.sleep(0.1)
+        return [0]
+
+    def end(why: str, stacks: bool) -> NoReturn:
+        print(why, file=sys.stderr, flush=True)
+        if stacks:
+            faulthandler.dump_traceback()
+        lost(why)
+        leave()
+
+    def leave() -> NoReturn:
+        """End this process by itself; the coordinator last, as its end is the end of all."""
+        if me == 0:
+            time.sleep(1)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
     def stop(at: int) -> bool:
         nonlocal reached
+        moved()
         if signals and last == sys.maxsize:
             say(str(signals[0]))
         with moving:
             reached = at
             return at > last
 
-    thread = threading.Thread(target=listen, name="agreed", daemon=True)
-    thread.start()
+    moved()
+    threads = [threading.Thread(target=target, name=target.__name__, daemon=True) for target in (listen, ask, watch)]
+    for thread in threads:
+        thread.start()
     word = "end"
     try:
         yield stop
     except BaseException as error:
         if error is not _told and not isinstance(error, alike):
             word = f"failed process {me} failed: {' '.join(str(error).split()) or type(error).__name__}"
-            atexit.register(_leave, client, key)  # runs before jax's own, which would wait for the others
+            atexit.register(leave)  # runs before jax's own, which would wait for the others
         raise
     finally:
+        ended.set()
         say(word)
-        thread.join()
+        for thread in threads:
+            thread.join()
 
 
-def _leave(client: Any, key: str) -> None:
-    """End this process by itself, once the others know."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        client.wait_at_barrier(f"{key}/left", 10_000)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+def moved() -> None:
+    """The loop, or an evaluation in it, has come a step further."""
+    global _moved
+    _moved = time.monotonic()
 
 
 def _client() -> Any:

@@ -270,6 +270,7 @@ def evaluate(program: Program, state: State, signals: Sequence[int] = ()) -> dic
     for at in range(program.exp.eval.steps):
         if signals:
             return {}
+        distributed.moved()
         feed = program.eval_feed(at)
         ahead.hold(sums)
         sums = program.eval_step(state, sums, feed, np.int32(at))

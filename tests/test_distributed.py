@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,31 +29,36 @@ class Several:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         flags = [f"--coordinator=127.0.0.1:{port}", f"--processes={n}"]
+        self.said = [tempfile.TemporaryFile("w+") for _ in range(n)]  # noqa: SIM115 -- closed by end
         self.all = [
             subprocess.Popen(
                 [sys.executable, *command, *flags, f"--process={i}"],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
+                stdout=said,
+                stderr=said,
                 env=env,
                 cwd=folders[i] if folders else ROOT,
             )
-            for i in range(n)
+            for i, said in enumerate(self.said)
         ]
 
-    def end(self, seconds: float = 240) -> list[tuple[int, list[str]]]:
-        """Exit code and lines of each, less what the collectives' library says of itself."""
-        ended = []
+    def end(self, seconds: float = 240, stopped: int | None = None) -> list[tuple[int, list[str]]]:
+        """Exit code and lines of each, less what the collectives' library says of itself; a stopped one is killed."""
         try:
             for process in self.all:
-                out, err = process.communicate(timeout=seconds)
-                said = [line for line in (out + err).splitlines() if not line.startswith("[Gloo]")]
-                ended.append((process.returncode, said))
+                if stopped is None or process is not self.all[stopped]:
+                    process.wait(seconds)
         finally:
             for process in self.all:
                 process.kill()
                 process.wait()
+        ended = []
+        for process, said in zip(self.all, self.said, strict=True):
+            with said:
+                said.seek(0)
+                lines = [line for line in said.read().splitlines() if not line.startswith("[Gloo]")]
+            ended.append((process.returncode, lines))
         return ended
 
 
@@ -144,31 +150,64 @@ def test_what_one_process_cannot_use_ends_all_with_one_line(tmp_path):
     assert not (tmp_path / "a/run").exists()
 
 
-FAILS = """
-import sys
-from jaxcompute import distributed
-coordinator, processes, process = (arg.partition("=")[2] for arg in sys.argv[1:])
-distributed.start(coordinator, int(processes), int(process))
+LOOP = """
+import os, signal, sys, time
+import jax, numpy as np
+from jaxcompute import distributed, sharding
+from jaxcompute.core import Run
+
+fault, coordinator, processes, process = (argument.rpartition("=")[2] for argument in sys.argv[1:])
+distributed.start(coordinator, int(processes), int(process), heartbeat_timeout=10, step_timeout=3)
+mesh = sharding.make_mesh(Run())
+total = jax.jit(lambda x: x.sum(), out_shardings=jax.NamedSharding(mesh, sharding.WHOLE))
+x = sharding.put(mesh, sharding.BATCH, np.ones(8, np.float32))
+
+def stuck_in_python():
+    time.sleep(600)
+
+def disk_is_full():
+    raise OSError("the disk is full")
+
+faults = {
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "stuck": stuck_in_python,
+    "error": disk_is_full,
+}
 with open("/proc/net/tcp") as ours, open("/proc/net/tcp6") as six:  # state 0A: listening
-    port = f"{int(coordinator.rpartition(':')[2]):04X}"
+    port = f":{int(coordinator.rpartition(':')[2]):04X}"
     at = [line.split()[1] for line in [*ours, *six] if line.split()[3] == "0A"]
-    there = [address.removeprefix("0000000000000000FFFF0000") for address in at if address.endswith(f":{port}")]
-    assert there == [f"0100007F:{port}"], at
+    at = [address.removeprefix("0000000000000000FFFF0000") for address in at if address.endswith(port)]
+    assert at == ["0100007F" + port], at
 with distributed.agreed([], (), lambda why: print("lost:", why, flush=True)) as stop:
-    if process == "1":
-        raise OSError("the disk is full")
-    while True:
-        stop(1)
+    for step in range(1, 1000):
+        total(x).block_until_ready()
+        stop(step)
+        if (step, process) == (5, "0" if fault == "stopped" else "1"):
+            faults[fault]()
 """
 
 
-def test_an_error_in_one_loop_ends_the_others_and_the_coordinator_listens_at_its_own_address_alone(tmp_path):
-    (tmp_path / "fails.py").write_text(FAILS)
-    (code, said), (other_code, other_said) = Several([str(tmp_path / "fails.py")]).end(60)
-    assert (code, other_code) == (1, 1), (said, other_said)
-    told = "process 1 failed: the disk is full"
-    assert said == [f"lost: {told}", told]
-    assert other_said[-1] == "OSError: the disk is full"
+@pytest.mark.parametrize(
+    ("fault", "codes", "who", "told", "stacks"),
+    [
+        ("error", [1, 1], 0, "process 1 failed: the disk is full", None),
+        ("killed", [1, -9], 0, "process 1 does not answer: it is lost (process 0 failed: ", "in agreed"),
+        ("stopped", [-9, 1], 1, "process 0, which coordinates the others, does not answer: it is lost", "in <module>"),
+        ("stuck", [1, 1], 1, "step 6 ran past its limit of 3 s (--step_timeout)", "in stuck_in_python"),
+    ],
+)
+def test_what_ends_one_process_ends_all_and_each_says_what_it_was(fault, codes, who, told, stacks, tmp_path):
+    """And the coordinator listens at its own address alone."""
+    (tmp_path / "loop.py").write_text(LOOP)
+    began = time.monotonic()
+    ended = Several([str(tmp_path / "loop.py"), fault]).end(60, stopped=0 if fault == "stopped" else None)
+    assert [code for code, _ in ended] == codes, ended
+    said = "\n".join(ended[who][1])
+    assert "lost: process" in said and told in said
+    assert ("most recent call first" in said) == (stacks is not None)
+    assert stacks is None or stacks in said
+    assert time.monotonic() - began < 45
 
 
 @pytest.mark.parametrize(

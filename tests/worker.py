@@ -33,7 +33,7 @@ def augmented(fields: dict):
         return {"image": image, "label": label, "kept": kept}
 
     whole = jax.sharding.NamedSharding(mesh, sharding.WHOLE)
-    feed = train.feeder(mesh, exp.train)
+    feed = train.compile(train.resolve(exp, mesh), mesh).feed
     jitted = jax.jit(batch, out_shardings=whole)
     return {
         f"{name} {at}": array
