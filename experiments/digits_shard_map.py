@@ -1,6 +1,9 @@
 """The digits MLP data parallel with its collectives written out, for those who want to see them.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=4 python launch.py --experiment=digits_shard_map
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 python launch.py --experiment=digits_shard_map
+
+98.1 % of the held-out 359 digits at the last step (1 run, seed 0); 5 s, command to end, on two virtual devices over
+2 cores of an Intel Xeon (jax 0.10.2, float32), 2026-11-25.
 
 Elsewhere the step is written for the whole batch and XLA adds what the devices must exchange. Here `jax.shard_map` runs
 the same code on each device's rows, and the two exchanges stand in it: the mean of the gradients and the sum of the
