@@ -6,6 +6,7 @@
     python launch.py --experiment=digits_cnn --workdir=DIR --mode=replay    the step that was not finite, layer by layer
     python launch.py --experiment=digits_cnn --mode=verify_resume           is a killed run the unbroken one?
     python launch.py --experiment=digits_cnn --sweep=seed=0,1,2             a run a value, and a table
+    python launch.py --experiment=digits_cnn --mode=benchmark               what jit, precision, batch and devices give
     python launch.py --mode=doctor                                          is this machine fit to train?
 
 Exit codes: 0 done, 1 a run failed, 2 bad input, 128 + n stopped by signal n and saved.
@@ -32,15 +33,18 @@ flags.DEFINE_string("experiment", None, "name of a file of experiments/")
 flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "replay", "verify_resume", "doctor"],
+    ["train", "evaluate", "replay", "verify_resume", "doctor", "benchmark"],
     "train; evaluate the best checkpoint, else the latest; replay the step that was not finite and say what was first; "
     "verify_resume: kill a short run at random and compare it with an unbroken one, bit for bit; "
-    "doctor: a page of checks of this machine, each with its mend, and ten seconds of measurement",
+    "doctor: a page of checks of this machine, each with its mend, and ten seconds of measurement; "
+    "benchmark: what jit, precision, batch size and devices give this experiment's step",
 )
 flags.DEFINE_string("workdir", None, "where the run is left and goes on from; default runs/<experiment>/<time>")
 flags.DEFINE_string("data_dir", None, "where data sets are; default $JAXCOMPUTE_DATA_DIR, else in the user's cache")
 flags.DEFINE_bool("allow_changes", False, "go on in a work directory with other steps, periods or meshes than it has")
 flags.DEFINE_multi_string("sweep", [], "field=v1,v2: a run for each value; given again, for each combination")
+flags.DEFINE_integer("memory_limit", None, "bytes a device that a run may use; default what the device has", 1)
+flags.DEFINE_bool("fit_memory", False, "cut the batch into as few micro-batches (accumulate) as fit the memory")
 flags.DEFINE_bool("json", False, "doctor: print JSON")
 flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where a launcher does not tell jax")
 flags.DEFINE_integer("processes", None, "how many there are; with --coordinator")
@@ -68,8 +72,8 @@ def main(argv: list[str]) -> None:
         raise BadInput(f"--mode={FLAGS.mode} --sweep: a sweep trains; take its runs one by one, --workdir=DIR")
     limits = FLAGS.heartbeat_timeout, FLAGS.step_timeout
     distributed.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process, *limits)
-    if distributed.several() and (FLAGS.sweep or FLAGS.mode in ("replay", "verify_resume")):
-        raise BadInput("a sweep, --mode=replay and --mode=verify_resume are of one process; start it once")
+    if distributed.several() and (FLAGS.sweep or FLAGS.mode in ("replay", "verify_resume", "benchmark")):
+        raise BadInput("a sweep and --mode=replay, verify_resume and benchmark are of one process; start it once")
     # with the process, as two runs may start in one second
     now = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
     workdir = Path(FLAGS.workdir or distributed.share(f"runs/{FLAGS.experiment}/{now}"))
@@ -90,7 +94,7 @@ def main(argv: list[str]) -> None:
     with distributed.together():
         sharding.check_batch(sharding.make_mesh(config), config)  # told before any data is read
         exp = module.experiment(config)
-    {"train": train, "evaluate": evaluate, "replay": replay}[FLAGS.mode](exp, workdir)
+    {"train": train, "evaluate": evaluate, "replay": replay, "benchmark": benchmark}[FLAGS.mode](exp, workdir)
 
 
 def doctor() -> NoReturn:
@@ -120,7 +124,9 @@ def config_of(workdir: Path, cls: type):
 def train(exp, workdir: Path) -> None:
     import jax
 
+    from jaxcompute import distributed, sharding
     from jaxcompute import train as trainer
+    from jaxcompute.compute import energy, memory, peaks
 
     first = jax.process_index() == 0  # of several processes it alone speaks
     show, say = log.console(exp.steps) if first else (quiet, quiet)
@@ -136,7 +142,19 @@ def train(exp, workdir: Path) -> None:
     python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
     again = shlex.join([python, *sys.argv, *([] if FLAGS.workdir else [f"--workdir={workdir}"])])
     try:
-        trainer.fit(exp, workdir, write=write, say=say, allow_changes=FLAGS.allow_changes)
+        if FLAGS.fit_memory:
+            exp = memory.fit(exp, FLAGS.memory_limit, say)
+        with energy.meter(sharding.make_mesh(exp.config).local_devices) as joules:
+            instruments = trainer.Instruments(peaks.flops, joules, FLAGS.memory_limit)
+            options = {"write": write, "say": say, "allow_changes": FLAGS.allow_changes}
+            trainer.fit(exp, workdir, instruments=instruments, **options)
+    except trainer.OutOfMemory as error:
+        if distributed.several():
+            raise BadInput(str(error)) from None
+        raise BadInput(memory.advice(exp, error.with_traceback(None))) from None  # the traceback holds arrays
+    except trainer.Recompile as error:
+        say(str(error))
+        sys.exit(1)
     except trainer.Preempted as stop:
         say("\n".join([str(stop), *getattr(stop, "__notes__", []), f"to go on: {again}"]))
         sys.exit(128 + stop.signum)
@@ -170,6 +188,23 @@ def replay(exp, workdir: Path) -> None:
     from jaxcompute import replay as replayer
 
     replayer.replay(exp, workdir)
+
+
+def benchmark(exp, workdir: Path) -> None:
+    import jax
+
+    from jaxcompute.compute import benchmark, energy
+
+    with energy.meter(jax.local_devices()) as joules:
+        found = benchmark.run(exp, joules, say=lambda text: print(text, file=sys.stderr, flush=True))
+    workdir.mkdir(parents=True, exist_ok=True)
+    log.write_json(workdir / "benchmark.json", log.describe(configs.to_json(exp.config), **benchmark.to_json(found)))
+    print(benchmark.text(found))
+    try:
+        benchmark.picture(found, workdir / "benchmark.png")
+    except ModuleNotFoundError:
+        print("no picture, as matplotlib is not installed: pip install -e '.[notebook]'")
+    print(f"left in {workdir}: benchmark.json, benchmark.png")
 
 
 def verify_resume() -> None:

@@ -233,9 +233,15 @@ def status(
     of: int,
     message: str = "",
     digest: str = "",
+    kwh: float | None = None,
 ) -> None:
-    """Write status.json. `started` is when the run first began, also after a resume; `digest` the saved State's."""
-    now = _now()
+    """Write status.json. `started` is when the run first began, also after a resume; `digest` the saved State's.
+
+    `kwh` is what the devices have used so far; where it isn't given it stays as it was, and where it isn't known it is
+    left out.
+    """
+    now, old = _now(), read_status(workdir)
+    kwh = old.get("kwh") if kwh is None else kwh
     write_json(
         workdir / "status.json",
         {
@@ -244,10 +250,11 @@ def status(
             "of": of,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "started": read_status(workdir).get("started", now),
+            "started": old.get("started", now),
             "updated": now,
             "message": message,
             "digest": digest,
+            **({} if kwh is None else {"kwh": kwh}),
         },
     )
 

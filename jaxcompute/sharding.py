@@ -199,3 +199,9 @@ def put(mesh: Mesh, spec: PartitionSpec, arrays: PyTree) -> PyTree:
     """Host arrays onto the devices; of several processes each gives the whole, and places its own devices' share."""
     at = NamedSharding(mesh, spec)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(at, np.asarray(x), np.shape(x)), arrays)
+
+
+def bytes_per_device(tree: PyTree) -> int:
+    """Of arrays, or of shapes with shardings: what lies on one device. Keys and empty trees count nothing."""
+    leaves = [x for x in jax.tree.leaves(tree) if not jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

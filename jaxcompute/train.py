@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompute import checkpoint, distributed, log, metrics, sharding, step
+from jaxcompute import checkpoint, distributed, flops, log, metrics, sharding, step
 from jaxcompute.core import Batch, Experiment, Run, Source, State, Writer
 from jaxcompute.errors import BadInput, Elsewhere
 from jaxcompute.metrics import Last, Metrics
@@ -54,6 +54,41 @@ class Preempted(Exception):
         self.signum = signum
 
 
+class Recompile(Exception):
+    """A step was given other shapes or dtypes than it was compiled for; the message names each, old and new."""
+
+
+class OutOfMemory(Exception):
+    """A step needs more memory than its devices have; the message names what to change."""
+
+    def __init__(self, exp: Experiment, mesh: jax.sharding.Mesh, need: int | None, free: int | None):
+        config = exp.config
+        knobs = ["a smaller --config.batch_size"]
+        platform = mesh.devices.flat[0].platform
+        if config.accumulate < config.batch_size // mesh.size and platform not in step.UNROLLED:
+            knobs.append(f"--config.accumulate={2 * config.accumulate} or more (--fit_memory finds it)")
+        if mesh.shape["fsdp"] == 1 and mesh.size > 1:
+            knobs.append(f"--config.mesh_fsdp={mesh.size} to split the parameters")
+        if config.precision == "float32" and platform == "gpu":
+            knobs.append("--config.precision=bfloat16")
+        needs = "does not fit" if need is None else f"needs {log.quantity(need, 'B')} a device"
+        room = "" if free is None else f", and {log.quantity(free, 'B')} are free"
+        super().__init__(f"--config.batch_size={config.batch_size} {needs}{room}: take {', or '.join(knobs)}")
+        self.need, self.free = need, free
+
+
+class WontFit(OutOfMemory, BadInput):
+    """Foreseen: nothing has run, and nothing has been written."""
+
+
+class Instruments(NamedTuple):
+    """What a run may be given to measure itself by. Where one is missing, so is its figure."""
+
+    peak: Callable[[str, str], float | None] = lambda kind, precision: None  # FLOP/s of a device of this kind, at most
+    joules: Callable[[], float | None] = lambda: None  # a meter of this host's devices; only differences mean something
+    free: int | None = None  # bytes a device that a run may use; None: what the device tells
+
+
 class Program(NamedTuple):
     """An experiment compiled for a mesh."""
 
@@ -67,8 +102,8 @@ class Program(NamedTuple):
     eval_feed: "Feeder"
     eval_step: Callable[[State, Metrics, Batch, np.int32], Metrics]
     eval_sums: Callable[[], Metrics]
-    flops: Callable[[], float | None]  # of one optimizer step over all devices, as XLA counts them
-    memory: Callable[[], int | None]  # bytes a device that the compiled call needs, its arguments included
+    flops: Callable[[], float]  # of one optimizer step over all devices: matrix products and convolutions
+    memory: Callable[[], dict[str, int]]  # bytes a device by what they hold, their sum is the need; {}: not told
 
     def close(self) -> None:
         """End the threads and processes that feed it."""
@@ -151,7 +186,7 @@ def compile(exp: Experiment, mesh: jax.sharding.Mesh) -> Program:
         return jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=whole)
 
     @functools.cache
-    def lowered(count: int) -> jax.stages.Lowered:
+    def traced(count: int) -> jax.stages.Traced:
         def call(state: State, sums: Metrics, feed: Batch) -> tuple[State, Metrics]:
             if count == 1:
                 return one(state, sums, feed)
@@ -159,25 +194,33 @@ def compile(exp: Experiment, mesh: jax.sharding.Mesh) -> Program:
 
         donated = (0, 1) if exp.train.resident else (0,)
         jitted = jax.jit(call, donate_argnums=donated, out_shardings=(placed, whole))
-        return jitted.lower(abstract, jax.tree.map(lambda x: x.update(sharding=whole), seen), fed)
+        return jitted.trace(abstract, jax.tree.map(lambda x: x.update(sharding=whole), seen), fed)
 
     @functools.cache
     def compiled(count: int) -> jax.stages.Compiled:
-        return lowered(count).compile()
+        return traced(count).lower().compile()
 
     @functools.cache
     def steps(count: int) -> Callable[[State, Metrics, Batch], tuple[State, Metrics]]:
         return compiled(count) if exp.train.resident else paced(compiled(count))
 
-    def flops() -> float | None:
-        cost = lowered(exp.config.steps_per_call).cost_analysis()  # counts the body of a loop once
-        return cost.get("flops") if isinstance(cost, dict) else None
+    def work() -> float:
+        count = exp.config.steps_per_call
+        return flops.count(traced(count).jaxpr.jaxpr) / count
 
-    def memory() -> int | None:
+    def memory() -> dict[str, int]:
         m = compiled(exp.config.steps_per_call).memory_analysis()
         if m is None:
-            return None
-        return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+            return {}
+        total = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+        parts = {
+            "parameters": sharding.bytes_per_device((abstract.params, abstract.mutable, abstract.ema)),
+            "optimizer": sharding.bytes_per_device(abstract.opt_state),
+            "data": sharding.bytes_per_device(fed),
+        }
+        parts["activations and temporaries"] = max(0, total - sum(parts.values()))
+        parts["data"] += sharding.bytes_per_device(eval_fed)  # lies there beside
+        return parts
 
     measured = jax.jit(eval_one, donate_argnums=1 if exp.eval.resident else (), out_shardings=whole)
 
@@ -192,7 +235,7 @@ def compile(exp: Experiment, mesh: jax.sharding.Mesh) -> Program:
         eval_feed=eval_feed,
         eval_step=measured if exp.eval.resident else paced(measured),
         eval_sums=zeros(counted),
-        flops=flops,
+        flops=work,
         memory=memory,
     )
 
@@ -224,7 +267,19 @@ class Feeder:
 
     def _put(self, at: int) -> Batch:
         rows = self.source.feed(at, jax.process_index(), jax.process_count())
+        self._alike(at, rows)
         return {name: jax.make_array_from_process_local_data(self.split, array) for name, array in rows.items()}
+
+    def _alike(self, at: int, rows: dict[str, np.ndarray]) -> None:
+        """Raises Recompile where a batch has other shapes or dtypes than it was announced with."""
+        parts = jax.process_count()
+        wanted = {name: f"{x.dtype} {[x.shape[0] // parts, *x.shape[1:]]}" for name, x in self.like.items()}
+        kinds = {name: f"{x.dtype} {list(x.shape)}" for name, x in rows.items()}
+        if kinds != wanted:
+            names = [name for name in wanted | kinds if wanted.get(name) != kinds.get(name)]
+            changes = "; ".join(f"{name} was {wanted.get(name)} and is {kinds.get(name)}" for name in names)
+            mend = "a source gives each batch the same: pad it and mask it, or leave it out"
+            raise Recompile(f"the batch of step {at} would compile the step anew: {changes}; {mend}")
 
     def blank(self) -> Batch:
         """A batch whose values do not matter."""
@@ -284,6 +339,7 @@ def fit(
     write: Writer | None = None,
     say: Callable[[str], None] = print,
     allow_changes: bool = False,
+    instruments: Instruments | None = None,
 ) -> State:
     """Train to the last step and return the State there.
 
@@ -294,12 +350,16 @@ def fit(
         write: is given (step, values) at each log period and evaluation, and (step, {}) at each call in between.
         say: is given each line of what is announced.
         allow_changes: go on in a work directory though fields of FREE have changed.
+        instruments: what perf/mfu, perf/joules_per_example and the forecast of memory are measured by.
 
     Raises:
         BadInput: a config, a mesh or a checkpoint that does not fit, or another run in the work directory.
         NonFinite: a loss or gradient was not finite; the checkpoints before it stand, and nonfinite/ has that step.
         Preempted: SIGTERM or SIGINT came; the State has been saved.
+        OutOfMemory: the step doesn't fit the devices' memory, by the forecast before step 0 or as it ran.
+        Recompile: the batches changed their shape or dtype under way.
     """
+    instruments = instruments or Instruments()
     with contextlib.ExitStack() as held, stop_signals() as signals:
         with distributed.together():
             mesh = mesh or sharding.make_mesh(exp.config)
@@ -325,7 +385,7 @@ def fit(
         alike = Preempted, NonFinite
         try:
             with distributed.agreed(signals, alike, lost=broken) as stop:
-                state = loop(exp, workdir, mesh, write, say, signals, stop)
+                state = loop(exp, workdir, mesh, write, say, signals, stop, instruments)
         except BaseException as error:
             if not isinstance(error, BadInput | Elsewhere) or (home and running(home)):  # else nothing ran
                 broken(error)
@@ -394,6 +454,27 @@ def _plain(config: Run) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Where a step was dispatched ahead the runtime keeps the words but not the code."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
+
+
+def tells_of_memory(loop: Callable[..., State]) -> Callable[..., State]:
+    """The runtime's error that the memory is spent, as OutOfMemory."""
+
+    @functools.wraps(loop)
+    def told(exp: Experiment, workdir: Path | None, mesh: jax.sharding.Mesh, *rest: Any) -> State:
+        try:
+            return loop(exp, workdir, mesh, *rest)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(exp, mesh, None, None) from error
+
+    return told
+
+
+@tells_of_memory
 def loop(
     exp: Experiment,
     workdir: Path | None,
@@ -402,6 +483,7 @@ def loop(
     say: Callable[[str], None],
     signals: list[int],
     stop_after: Callable[[int], bool],
+    instruments: Instruments,
 ) -> State:
     """From where the work directory stands to the last step, or to the call after a signal."""
     config, home = exp.config, home_of(workdir)
@@ -410,26 +492,28 @@ def loop(
         found = checkpoint.restore_newest(workdir / "checkpoints", program.abstract, say) if workdir else None
     at, state, sums = restart(program, workdir, found, say)
     owed = evaluation_owed(workdir, at)
+    alone = signals if jax.process_count() == 1 else []  # of several processes none may stop by itself
+    if at < exp.steps and not alone:
+        with distributed.together():
+            announce(program, at, instruments, say)
     if home:
-        leave_config(home, exp, mesh)  # not before its checkpoints are known to fit
+        leave_config(home, exp, mesh)  # not before it and its checkpoints are known to fit
     if at >= exp.steps and not owed:
         say(f"already at step {at:,} of {exp.steps:,}: nothing to do")
         return state
     if home:
         log.status(home, "running", step=at, of=exp.steps)
         say(f"after a kill the same command goes on with --workdir={workdir}")
-    alone = signals if jax.process_count() == 1 else []  # of several processes none may stop by itself
-    if not alone:
-        announce(program, say)
     if alone:
         raise Preempted(alone[0], at, saved=at > 0)
     eval_every = config.eval_every or max(1, round(exp.train.size / exp.train.batch_size))
     files = log.writer(home, at, say) if home else contextlib.nullcontext(lambda step, values: None)
     rules = (config.keep_last, config.keep_best, exp.best)
     saver = checkpoint.Saver(workdir / "checkpoints", *rules) if workdir else contextlib.nullcontext()
-    pending: list[tuple[int, float, Future[tuple[Metrics, float]]]] = []  # a log period the device may be working on
+    pending: list[tuple[int, float, Future[tuple[Metrics, Reading]]]] = []  # a log period the device may be working on
     since = at  # where sums begin
-    clock, ahead = Clock(program, at), Ahead()
+    clock, ahead = Clock(program, at, instruments), Ahead()
+    spent = log.read_status(home).get("kwh", 0.0) if home else 0.0  # before a kill
 
     with files as file, saver as saver, ThreadPoolExecutor(1, "metrics") as fetcher, contextlib.closing(program):
 
@@ -454,10 +538,10 @@ def loop(
             """Writes the metrics of the log period before this one: the device has had a period's time for it."""
             while pending:
                 due_at, waited, fetching = pending.pop()
-                sums, when = fetching.result()
+                sums, reading = fetching.result()
                 values = metrics.compute(checked(due_at, sums))
                 scalars = {f"train/{k}": v for k, v in values.items() if isinstance(v, float) and k != "step"}
-                tell(due_at, scalars | clock.rates(due_at, when, waited))
+                tell(due_at, scalars | clock.rates(due_at, reading, waited))
 
         def settle() -> list[Any]:
             """Waits for the last step; the sums of the log period that is under way."""
@@ -469,7 +553,8 @@ def loop(
             if saver:
                 saver.save(state, results, {"sums": carried, "owed": owed})
             if home:
-                log.status(home, "running", step=at, of=exp.steps)
+                kwh = clock.kwh()
+                log.status(home, "running", step=at, of=exp.steps, kwh=None if kwh is None else spent + kwh)
             clock.restart(at)
 
         def assess(carried: list[Any]) -> None:
@@ -507,7 +592,7 @@ def loop(
 
             if due(before, at, config.log_every) or last:
                 report()
-                pending.append((at, clock.waited(), fetcher.submit(fetch, sums)))
+                pending.append((at, clock.waited(), fetcher.submit(fetch, sums, clock.read)))
                 sums, since = program.sums(), at
                 if saver:
                     saver.poll()  # a save that failed ends the run here, not at the next save
@@ -580,21 +665,37 @@ def evaluation_owed(workdir: Path | None, at: int) -> list[Any] | None:
     return extra["sums"] if extra.get("owed") else None
 
 
-def announce(program: Program, say: Callable[[str], None]) -> None:
-    """Before step 0: device, parameters by layer, work, memory, time spent compiling."""
-    exp, config, devices = program.exp, program.exp.config, program.mesh.devices
+def announce(program: Program, at: int, instruments: Instruments, say: Callable[[str], None]) -> None:
+    """Before the first step: device, parameters by layer, work, memory, time spent compiling.
+
+    Raises:
+        WontFit: the step needs more memory than is free.
+    """
+    exp, config, mesh = program.exp, program.exp.config, program.mesh
+    device = mesh.devices.flat[0]
     say(log.parameter_table(program.abstract.params))
     began = time.perf_counter()
     program.steps(config.steps_per_call)
+    if at % config.steps_per_call or exp.steps % config.steps_per_call:
+        program.steps(1)  # for what is left over; nothing is compiled under way
     seconds = time.perf_counter() - began
-    flops, memory = program.flops(), program.memory()
-    work = "unknown work" if flops is None else log.quantity(flops, "FLOP")
-    room = "unknown memory" if memory is None else log.quantity(memory, "B")
+    memory = program.memory()
+    need, free = sum(memory.values()), instruments.free
+    stats = mesh.local_devices[0].memory_stats()
+    if free is None and stats and "bytes_limit" in stats:  # but for what others, an earlier run say, hold there
+        own = need - memory.get("activations and temporaries", 0)
+        free = stats["bytes_limit"] - max(0, stats.get("bytes_in_use", 0) - own)
     say(
-        f"{devices.size} x {devices.flat[0].device_kind} | {config.precision} | "
+        f"{mesh.size} x {device.device_kind} | {config.precision} | "
         f"{exp.steps:,} steps of {config.batch_size:,} ({exp.steps * config.batch_size / exp.train.size:,.1f} epochs "
-        f"of {exp.train.size:,}) | a step: {work}, {room} a device | compiled in {seconds:.1f} s"
+        f"of {exp.train.size:,}) | a step: {log.quantity(program.flops(), 'FLOP')} | compiled in {seconds:.1f} s"
     )
+    if memory:
+        parts = ", ".join(f"{name} {log.quantity(size, 'B')}" for name, size in memory.items())
+        room = "" if free is None else f" of {log.quantity(free, 'B')}"
+        say(f"memory a device: {log.quantity(need, 'B')}{room}: {parts}")
+    if free is not None and need > free:
+        raise WontFit(exp, mesh, need, free)
 
 
 class Ahead:
@@ -617,21 +718,42 @@ class Ahead:
         self.calls += 1
 
 
-def fetch(sums: Metrics) -> tuple[Metrics, float]:
-    """On a thread of its own: the sums, and the moment the device was done with them."""
-    return jax.device_get(sums), time.perf_counter()
+class Reading(NamedTuple):
+    """Of the clocks, at the moment when the device was done with some step."""
+
+    seconds: float
+    joules: float | None
+
+
+def fetch(sums: Metrics, read: Callable[[], Reading]) -> tuple[Metrics, Reading]:
+    """On a thread of its own: the sums, and the clocks when the device was done with them."""
+    return jax.device_get(sums), read()
 
 
 class Clock:
     """Rates since the last reading; time spent in evaluations and saves is left out by `restart`."""
 
-    def __init__(self, program: Program, at: int):
-        self.mesh, self.batch_size = program.mesh, program.exp.config.batch_size
+    def __init__(self, program: Program, at: int, instruments: Instruments):
+        self.mesh, config = program.mesh, program.exp.config
+        self.batch_size = config.batch_size
+        self.meter = instruments.joules
+        self.hosts = self.mesh.size / len(self.mesh.local_devices)  # the meter is of this one, and taken for all alike
+        self.peak = instruments.peak(self.mesh.devices.flat[0].device_kind, config.precision)
+        self.flops = program.flops() if self.peak else 0.0  # of a step
         self.wait = 0.0
         self.restart(at)
+        self.began = self.since
+
+    def read(self) -> Reading:
+        return Reading(time.perf_counter(), self.meter())
 
     def restart(self, at: int) -> None:
-        self.at, self.since = at, time.perf_counter()
+        self.at, self.since = at, self.read()
+
+    def kwh(self) -> float | None:
+        """Used since the first step of this process, evaluations and saves with it."""
+        now = self.meter()
+        return None if now is None or self.began.joules is None else (now - self.began.joules) * self.hosts / 3.6e6
 
     def __enter__(self) -> None:
         """Around what waits for data."""
@@ -645,10 +767,10 @@ class Clock:
         seconds, self.wait = self.wait, 0.0
         return seconds
 
-    def rates(self, at: int, when: float, waited: float) -> dict[str, float]:
-        """The perf/ and mem/ values of the steps up to `at`, which were done at `when` and waited for data so long."""
-        seconds, steps = when - self.since, at - self.at
-        self.at, self.since = at, when
+    def rates(self, at: int, now: Reading, waited: float) -> dict[str, float]:
+        """The perf/ and mem/ values of the steps up to `at`, which were done `now` and waited for data so long."""
+        seconds, steps, before = now.seconds - self.since.seconds, at - self.at, self.since.joules
+        self.at, self.since = at, now
         rate = steps * self.batch_size / seconds
         values = {
             "perf/examples_per_sec": rate,
@@ -656,6 +778,10 @@ class Clock:
             "perf/step_ms": 1e3 * seconds / steps,
             "perf/data_wait_frac": waited / seconds,
         }
+        if self.peak:
+            values["perf/mfu"] = self.flops * steps / seconds / (self.peak * self.mesh.size)
+        if now.joules is not None and before is not None:
+            values["perf/joules_per_example"] = (now.joules - before) * self.hosts / (steps * self.batch_size)
         stats = self.mesh.local_devices[0].memory_stats()
         if stats and "peak_bytes_in_use" in stats:  # the CPU does not tell
             values["mem/peak_bytes"] = float(stats["peak_bytes_in_use"])

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -404,3 +405,50 @@ def test_what_is_announced():
 def test_a_run_so_long_that_its_order_would_start_over_is_refused():
     with pytest.raises(BadInput, match=r"take 536,870,912 steps at most"):
         fit(tiny.mlp(**on(1, steps=2**29 + 1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Drifting:
+    """A source whose batches are changed from a step on."""
+
+    source: core.Source
+    change: Any
+    resident: bool = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def like(self) -> dict[str, np.ndarray]:
+        return self.feed(0)
+
+    def feed(self, step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]:
+        batch = jax.device_get(self.source.batch(self.source.feed(step), np.int32(step)))
+        return self.change(batch) if step >= 5 else batch
+
+    def batch(self, feed, step):
+        return feed
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda b: {k: v[:7] for k, v in b.items()},
+            r"image was uint8 \[8, 6, 6, 1\] and is uint8 \[7, 6, 6, 1\]; label",
+        ),
+        (
+            lambda b: b | {"image": b["image"].astype(np.float32)},
+            r"image was uint8 \[8.* and is float32 \[8, 6, 6, 1\];",
+        ),
+        (lambda b: b | {"weight": b["label"]}, r"weight was None and is int32 \[8\];"),
+    ],
+    ids=["shape", "dtype", "another array"],
+)
+def test_a_batch_that_would_compile_the_step_anew_is_named(change, words, tmp_path):
+    exp = tiny.mlp(mesh_data=1)
+    exp = dataclasses.replace(exp, train=Drifting(exp.train, change))
+    with pytest.raises(train.Recompile, match=f"^the batch of step 5 would compile the step anew: {words}"):
+        fit(exp, tmp_path)
+    assert log.read_status(tmp_path)["state"] == "failed"

@@ -1,0 +1,71 @@
+"""The benchmark's arithmetic on made-up points, and one real run on two devices."""
+
+import json
+
+import pytest
+import tiny
+
+from jaxcompute.compute import benchmark
+from jaxcompute.compute.benchmark import Point, Setting
+from jaxcompute.models.mlp import MLP
+
+ROOFS = benchmark.Roofs({"float32": 1e11, "bfloat16": 2e11}, 1e10, "made up")
+
+
+def point(ms: float, batch_size: int = 64, devices: int = 1, jit: bool = True) -> Point:
+    rate = 1e3 * batch_size / ms
+    return Point(Setting("float32", batch_size, devices, 1, jit), ms, 0.01, rate, 0.4, 0.2, 10**9, None, 0.0, None)
+
+
+@pytest.mark.parametrize("serial", [0.0, 0.1, 0.5, 1.0])
+def test_amdahls_law_is_found_again(serial):
+    points = [point(10 * (serial + (1 - serial) / n), devices=n) for n in (1, 2, 4, 8)]
+    assert benchmark.amdahl(points) == pytest.approx(serial)
+    assert benchmark.amdahl(points[:1]) is None
+
+
+@pytest.mark.parametrize(("total", "counts"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
+def test_device_counts_end_with_all(total, counts):
+    assert benchmark.counts(total) == counts
+
+
+def test_a_chip_without_tensor_cores_for_it_is_not_asked_for_tf32():
+    assert benchmark.precisions("gpu", "NVIDIA H100 80GB HBM3") == ("float32", "tensorfloat32", "bfloat16")
+    assert benchmark.precisions("gpu", "Tesla T4") == ("float32", "bfloat16")
+    assert benchmark.precisions("cpu", "cpu") == ("float32", "bfloat16")
+
+
+def test_the_table_says_what_is_known_and_no_more():
+    ladder = [point(640.0, jit=False), point(10.0), point(2.0, batch_size=128)]
+    one = benchmark.Benchmark("digits", "a chip", 1, ROOFS, ladder, ladder[1:], [], [], None)
+    shown = benchmark.text(one)
+    assert "one device only (a chip)" in shown
+    for words in ("serial, float32, batch 64", "64x", "640x", "40%", "1 GB", "made up: float32 100 GFLOP/s"):
+        assert words in shown
+    assert "J/example" not in shown and "measured" not in shown.splitlines()[0]
+    strong = [point(8.0), point(5.0, devices=2)]
+    two = one._replace(devices=2, strong=strong, weak=[point(8.0), point(8.0, 128, 2)], serial_share=0.25)
+    row = benchmark.text(two).splitlines()
+    assert any(line.split() == ["2", "5", "1.60x", "80%", "8", "2.00x", "100%"] for line in row)
+    assert "serial share of 25.0%: at most 4.0x" in benchmark.text(two)
+
+
+def test_a_real_step_is_measured_over_the_grid(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "roofs", lambda: ROOFS)
+    monkeypatch.setattr(benchmark.jax, "devices", lambda all=benchmark.jax.devices: all()[:2])
+    exp, joules = tiny.mlp(MLP((16,), 3), batch_size=16), iter(range(10**6))
+    found = benchmark.run(exp, lambda: float(next(joules)), lambda text: None, seconds=0.05)
+    names = [p.setting for p in found.ladder]
+    assert names[:2] == [Setting("float32", 16, jit=False), Setting("float32", 16)] and names[-1].devices == 2
+    assert [p.setting.batch_size for p in found.batches] == [4, 16, 61]  # of 61 examples no more than all
+    assert [p.setting.devices for p in found.strong] == [1, 2] and found.serial_share is not None
+    assert [p.setting.batch_size for p in found.weak] == [16, 32]
+    assert found.ladder[1].ms < found.ladder[0].ms  # jit pays
+    flops = 2 * (3 * (36 * 16 + 16 * 3) - 36 * 16)
+    for p in (*found.batches, *found.strong):
+        assert p.mfu == pytest.approx(p.examples_per_sec * flops / 1e11 / p.setting.devices)
+        assert p.predicted and 0 < p.data <= 1 and p.joules > 0 and p.measured is None
+    assert json.loads(json.dumps(benchmark.to_json(found)))["strong"][1]["setting"]["devices"] == 2
+    benchmark.picture(found, tmp_path / "two.png")
+    benchmark.picture(found._replace(devices=1), tmp_path / "one.png")
+    assert all((tmp_path / name).stat().st_size > 10**4 for name in ("one.png", "two.png"))
