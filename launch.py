@@ -166,6 +166,8 @@ def train(exp, workdir: Path) -> None:
         sys.exit(1)
     if first and exp.classes:
         say(log.evaluation_table(workdir))
+    if first:
+        say(log.hardware(workdir))
     say(f"to evaluate: {again} --mode=evaluate")
 
 

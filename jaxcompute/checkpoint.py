@@ -111,7 +111,8 @@ def restore(directory: Directory, step: int, like: PyTree, part: str = "") -> An
     Args:
         directory: of the checkpoints.
         step: one of `steps(directory)`.
-        like: the shapes, dtypes and shardings, `jax.ShapeDtypeStruct` for arrays. Any mesh will do.
+        like: the shapes, dtypes and shardings, `jax.ShapeDtypeStruct` for arrays. Any mesh will do;
+            without a sharding an array goes to the default device.
         part: path of the part that `like` is, such as "params" or "ema/params"; "": it is the whole State.
 
     Raises:
@@ -223,6 +224,8 @@ def _place(leaf: Any, array: np.ndarray) -> jax.Array:
     if _is_key(leaf):
         wrap = functools.partial(jax.random.wrap_key_data, impl=_impl(leaf))
         return jax.jit(wrap, out_shardings=leaf.sharding)(array)
+    if leaf.sharding is None:  # on the default device
+        return jax.device_put(array)
     return jax.make_array_from_process_local_data(leaf.sharding, array, array.shape)
 
 

@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -349,6 +350,25 @@ def evaluation_table(workdir: Path) -> str:
         mistake = f"{classes[worst]} ({wrong[worst]})" if wrong[worst] else ""
         rows.append((name, count, row[i] / count if count else None, mistake))
     return line + "\n" + table(rows, ("class", "examples", "accuracy", "mostly taken for"))
+
+
+def hardware(workdir: Path) -> str:
+    """What the hardware gave, in a line: medians over the log periods, and what was used in all; '' where unknown."""
+    seen: dict[str, list[float]] = {}
+    for values in read(workdir).values():
+        for tag, value in values.items():
+            seen.setdefault(tag, []).append(value)
+    middle = {tag: statistics.median(values) for tag, values in seen.items()}
+    kwh = read_status(workdir).get("kwh")
+    said = {
+        "perf/examples_per_sec": lambda value: f"{value:,.0f} examples/s",
+        "perf/mfu": lambda value: f"{value:.2g} of peak" if value < 0.01 else f"{value:.0%} of peak",
+        "perf/data_wait_frac": lambda value: f"{value:.1%} waiting for data",
+        "mem/peak_bytes": lambda value: f"{quantity(value, 'B')} at peak",
+        "perf/joules_per_example": lambda value: f"{value:.3g} J an example",
+    }
+    parts = [say(middle[tag]) for tag, say in said.items() if tag in middle]
+    return ", ".join(parts + ([] if kwh is None else [f"{kwh:.3g} kWh"]))
 
 
 # -- the screen --------------------------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ VALUES = [
     (RESNET + "--config.momentum=1", "--config.momentum=1 below 1"),
     (RESNET + "--config.label_smoothing=1", "--config.label_smoothing=1 below 1"),
     (RESNET + "--config.warmup_epochs=-1", "--config.warmup_epochs=-1 at least 0"),
-    (RESNET + "--config.warmup_epochs=9", "--config.warmup_epochs=9 --config.epochs=8"),
+    (RESNET + "--config.warmup_epochs=11", "--config.warmup_epochs=11 --config.epochs=10"),
     (RESNET + "--config.padding=-1", "--config.padding=-1 at least 0"),
     (RESNET + "--config.padding=33", "--config.padding=33 at most 32"),
     ("--experiment=cifar_cnn --config.features=1,1,1,1,1,1", "--config.features=1,1,1,1,1,1 5"),

@@ -71,6 +71,8 @@ def test_a_run_logs_its_share_of_peak_and_its_energy(tmp_path, monkeypatch):
         assert values["perf/mfu"] == pytest.approx(rate * flops / 1e9)
         assert values["perf/joules_per_example"] == pytest.approx(WATTS / rate, rel=0.2)
     assert sum("perf/mfu" in values for values in log.read(tmp_path).values()) == 3
+    line = log.hardware(tmp_path)
+    assert all(words in line for words in (" examples/s, ", " of peak, ", " waiting for data, ", " J an example, 0.5"))
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "done" and status["started"] == "then"
     assert 0.5 < status["kwh"] <= 0.5 + most
@@ -81,4 +83,5 @@ def test_without_instruments_the_figures_are_absent(tmp_path):
     tags = {tag for values in log.read(tmp_path).values() for tag in values}
     assert "perf/examples_per_sec" in tags
     assert not tags & {"perf/mfu", "perf/joules_per_example", "mem/peak_bytes"}
+    assert log.hardware(tmp_path).endswith("waiting for data")
     assert "kwh" not in json.loads((tmp_path / "status.json").read_text())
