@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import os
 import resource
 import shutil
 import sys
@@ -362,6 +363,33 @@ def test_a_directory_that_cannot_be_made_is_told_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError), Saver(tmp_path / "file"):
         pytest.fail("entered")
+
+
+def test_a_save_that_is_reported_is_on_the_disk(tmp_path, monkeypatch):
+    folder = tmp_path / "1"
+    done = []  # (what, path, when its bytes were last written)
+    fsync, rename = os.fsync, os.rename
+
+    def synced(handle):
+        fsync(handle)
+        done.append(("sync", os.readlink(f"/proc/self/fd/{handle}"), os.fstat(handle).st_mtime_ns))
+
+    def renamed(source, target):
+        rename(source, target)
+        done.append(("rename", str(target), 0))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    with Saver(tmp_path) as saver:
+        done.clear()  # the folder's own
+        saver.save(make_state(1))
+        saver.wait()
+        reported = list(done)
+    at = reported.index(("rename", str(folder), 0))
+    before = {path.partition("/.tmp-")[2].partition("/")[2]: when for what, path, when in reported[:at]}
+    for path in [folder, *folder.rglob("*")]:  # every file and every folder's names, as they are now
+        assert before[str(path.relative_to(folder)).removeprefix(".")] == path.stat().st_mtime_ns, path
+    assert ("sync", str(tmp_path)) in [entry[:2] for entry in reported[at:]]  # and then the rename itself
 
 
 def test_manifest_is_json_that_names_every_file(tmp_path):
