@@ -41,7 +41,7 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_string("workdir", None, "where the run is left and goes on from; default runs/<experiment>/<time>")
 flags.DEFINE_string("data_dir", None, "where data sets are; default $JAXCOMPUTE_DATA_DIR, else in the user's cache")
-flags.DEFINE_bool("allow_changes", False, "go on in a work directory with other steps, periods or meshes than it has")
+flags.DEFINE_bool("allow_changes", False, "go on in a work directory with other steps, periods, meshes, code or data")
 flags.DEFINE_multi_string("sweep", [], "field=v1,v2: a run for each value; given again, for each combination")
 flags.DEFINE_integer("memory_limit", None, "bytes a device that a run may use; default what the device has", 1)
 flags.DEFINE_bool("fit_memory", False, "cut the batch into as few micro-batches (accumulate) as fit the memory")

@@ -82,6 +82,10 @@ class Source(Protocol):
         """Batches that hold every example once; the last may be padded."""
         ...
 
+    def identity(self) -> str:
+        """What it holds, in a few words: another set gives others. A run goes on only with its own."""
+        ...
+
     def like(self) -> dict[str, np.ndarray]:
         """Arrays of the shapes and types of `feed`, of the global batch, whatever their values: nothing is read."""
         ...

@@ -301,10 +301,14 @@ def describe(config: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
         "config": dict(config),
         **facts,
         "argv": sys.argv,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": versions(),
         "git": git(),
         "time": _now(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(package: str) -> str | None:

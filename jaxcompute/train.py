@@ -8,14 +8,16 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -102,6 +104,7 @@ class Program(NamedTuple):
     eval_feed: "Feeder"
     eval_step: Callable[[State, Metrics, Batch, np.int32], Metrics]
     eval_sums: Callable[[], Metrics]
+    text: Callable[[], str]  # of the step's call as it is lowered: what it computes, and on which mesh
     flops: Callable[[], float]  # of one optimizer step over all devices: matrix products and convolutions
     memory: Callable[[], dict[str, int]]  # bytes a device by what they hold, their sum is the need; {}: not told
 
@@ -197,8 +200,12 @@ def compile(exp: Experiment, mesh: jax.sharding.Mesh) -> Program:
         return jitted.trace(abstract, jax.tree.map(lambda x: x.update(sharding=whole), seen), fed)
 
     @functools.cache
+    def lowered(count: int) -> jax.stages.Lowered:
+        return traced(count).lower()
+
+    @functools.cache
     def compiled(count: int) -> jax.stages.Compiled:
-        return traced(count).lower().compile()
+        return lowered(count).compile()
 
     @functools.cache
     def steps(count: int) -> Callable[[State, Metrics, Batch], tuple[State, Metrics]]:
@@ -235,6 +242,7 @@ def compile(exp: Experiment, mesh: jax.sharding.Mesh) -> Program:
         eval_feed=eval_feed,
         eval_step=measured if exp.eval.resident else paced(measured),
         eval_sums=zeros(counted),
+        text=lambda: lowered(exp.config.steps_per_call).as_text(),
         flops=work,
         memory=memory,
     )
@@ -349,7 +357,7 @@ def fit(
         mesh: the devices; None: by the config.
         write: is given (step, values) at each log period and evaluation, and (step, {}) at each call in between.
         say: is given each line of what is announced.
-        allow_changes: go on in a work directory though fields of FREE have changed.
+        allow_changes: go on in a work directory though fields of FREE, the code or the data have changed.
         instruments: what perf/mfu, perf/joules_per_example and the forecast of memory are measured by.
 
     Raises:
@@ -385,7 +393,7 @@ def fit(
         alike = Preempted, NonFinite
         try:
             with distributed.agreed(signals, alike, lost=broken) as stop:
-                state = loop(exp, workdir, mesh, write, say, signals, stop, instruments)
+                state = loop(exp, workdir, mesh, write, say, signals, stop, allow_changes, instruments)
         except BaseException as error:
             if not isinstance(error, BadInput | Elsewhere) or (home and running(home)):  # else nothing ran
                 broken(error)
@@ -436,13 +444,44 @@ def running(workdir: Path) -> bool:
     return (status.get("state"), status.get("pid")) == ("running", os.getpid())
 
 
-def leave_config(workdir: Path, exp: Experiment, mesh: jax.sharding.Mesh) -> None:
+def fingerprint(program: Program) -> dict[str, str]:
+    """What makes a run besides its config, from the code and the data: another of each gives other words."""
+    model = re.sub(r" at 0x[0-9a-f]+|# attributes", "", str(program.exp.model))
+    return {
+        "data": program.exp.train.identity(),
+        "model": " ".join(model.split()),
+        "step": hashlib.sha256(program.text().encode()).hexdigest()[:16],
+    }
+
+
+def changed(workdir: Path, program: Program, run: Mapping[str, str]) -> list[str]:
+    """What differs from the run that a work directory holds, though its config may not, old and new.
+
+    The step is compared where config, devices and versions are the same: each of them may change its text rightly.
+    """
+    saved = log.read_config(workdir)
+    if saved is None or "fingerprint" not in saved:
+        return []
+    old = saved["fingerprint"]
+    found = [f"its {name} was {old[name]} and is {run[name]}" for name in ("data", "model") if old[name] != run[name]]
+    alike = {"config": _plain(program.exp.config), **_devices(program.mesh), "versions": log.versions()}
+    if not found and old["step"] != run["step"] and alike == {name: saved.get(name) for name in alike}:
+        what = "model, loss, optimizer, augmentation or schedule was changed in the code"
+        found.append(f"its step computes otherwise (was {old['step']}, is {run['step']}): {what}")
+    return found
+
+
+def leave_config(workdir: Path, exp: Experiment, mesh: jax.sharding.Mesh, run: Mapping[str, str], anew: bool) -> None:
     """config.json of a new run, or of one that goes on with changes."""
     saved = log.read_config(workdir)
-    if saved is None or saved["config"] != _plain(exp.config):
-        device = mesh.devices.flat[0]
-        facts = {"device": device.device_kind, "platform": device.platform, "devices": mesh.size}
-        log.write_json(workdir / "config.json", log.describe(_plain(exp.config), experiment=_name(exp), **facts))
+    if saved is None or anew or saved["config"] != _plain(exp.config):
+        facts = {"experiment": _name(exp), **_devices(mesh), "fingerprint": run}
+        log.write_json(workdir / "config.json", log.describe(_plain(exp.config), **facts))
+
+
+def _devices(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    device = mesh.devices.flat[0]
+    return {"device": device.device_kind, "platform": device.platform, "devices": mesh.size}
 
 
 def _name(exp: Experiment) -> str:
@@ -483,6 +522,7 @@ def loop(
     say: Callable[[str], None],
     signals: list[int],
     stop_after: Callable[[int], bool],
+    allow_changes: bool,
     instruments: Instruments,
 ) -> State:
     """From where the work directory stands to the last step, or to the call after a signal."""
@@ -492,12 +532,18 @@ def loop(
         found = checkpoint.restore_newest(workdir / "checkpoints", program.abstract, say) if workdir else None
     at, state, sums = restart(program, workdir, found, say)
     owed = evaluation_owed(workdir, at)
+    run = fingerprint(program) if workdir else {}
+    with distributed.together():
+        changes = changed(workdir, program, run) if workdir else []
+        if changes and not allow_changes:
+            mend = "--allow_changes goes on with it, or take another --workdir"
+            raise BadInput(f"{workdir} holds a run of the same config, but {'; '.join(changes)}: {mend}")
     alone = signals if jax.process_count() == 1 else []  # of several processes none may stop by itself
     if at < exp.steps and not alone:
         with distributed.together():
             announce(program, at, instruments, say)
     if home:
-        leave_config(home, exp, mesh)  # not before it and its checkpoints are known to fit
+        leave_config(home, exp, mesh, run, bool(changes))  # not before it and its checkpoints are known to fit
     if at >= exp.steps and not owed:
         say(f"already at step {at:,} of {exp.steps:,}: nothing to do")
         return state

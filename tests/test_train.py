@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxcompute import checkpoint, core, log, metrics, sharding, train
+from jaxcompute import checkpoint, core, log, metrics, optim, sharding, train
+from jaxcompute.data import memory
 from jaxcompute.errors import BadInput
+from jaxcompute.models.mlp import MLP
 
 quiet = lambda text: None  # noqa: E731
 PERF = ("perf/", "mem/")  # timings differ from run to run
@@ -122,6 +124,32 @@ def test_a_run_goes_on_with_more_steps_or_another_mesh_only_where_that_is_meant(
     assert 16 in log.read(tmp_path)
     with pytest.raises(BadInput, match=r"seed was 0 and is 3; take another --workdir"):
         fit(tiny.mlp(**on(2, steps=16, seed=3)), tmp_path, allow_changes=True)
+
+
+def test_other_code_or_data_under_the_same_config_are_refused_by_name(tmp_path):
+    exp = tiny.mlp(**on(1))
+    fit(exp, tmp_path)
+    slower = optim.sgd(optim.warmup_cosine(0.01, exp.steps, 2), weight_decay=1e-4)
+    other = {
+        r"its data was 61 examples, \w+ and is 61 examples, \w+: ": {
+            "train": memory.shuffled(tiny.arrays(61) | {"label": tiny.arrays(61)["label"][::-1]}, 8, 0)
+        },
+        r"its model was MLP\( .*dropout = 0\.1.* and is MLP\( .*dropout = 0\.2": {"model": MLP((16,), 3, dropout=0.2)},
+        "its step computes otherwise .*optimizer": {"optimizer": slower},
+        "its step computes otherwise": {"prepare": lambda batch, key, train: tiny.prepare(batch, key, False)},
+    }
+    before = (tmp_path / "config.json").read_bytes()
+    for words, change in other.items():
+        with pytest.raises(BadInput, match=f"holds a run of the same config, but {words}.*--allow_changes goes on"):
+            fit(dataclasses.replace(exp, **change), tmp_path)
+        assert (tmp_path / "config.json").read_bytes() == before
+        assert log.read_status(tmp_path)["state"] == "done"
+    changed = dataclasses.replace(exp, optimizer=slower)
+    fit(changed, tmp_path, allow_changes=True)
+    assert (tmp_path / "config.json").read_bytes() != before
+    fit(changed, tmp_path)  # it is that run's from now on
+    with pytest.raises(BadInput, match="its step computes otherwise"):
+        fit(exp, tmp_path)
 
 
 def test_the_step_is_traced_once(tmp_path):

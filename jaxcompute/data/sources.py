@@ -479,6 +479,9 @@ class Split:
     def __len__(self) -> int:
         return self.size
 
+    def identity(self) -> str:
+        return f"{self.size:,} examples, {self.name} of {'/'.join(Path(self.folder).parts[-3:])}"
+
     def address(self, i: int) -> list[Any]:
         return [self.folder, self.name, i]
 
@@ -716,6 +719,11 @@ class Files:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def identity(self) -> str:
+        """The number of examples and a checksum of their names and labels; what is in the files is not read."""
+        names = "\n".join(path.rsplit(os.sep, 1)[-1] for path in self.paths)
+        return f"{len(self.paths):,} examples, {zlib.crc32(self.label.data, zlib.crc32(names.encode())):08x}"
 
     def address(self, i: int) -> list[Any]:
         return [self.paths[i], int(self.label[i])]

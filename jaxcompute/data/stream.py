@@ -42,6 +42,10 @@ ROWS = 16  # the most that a worker is asked for at once
 class Records(Protocol):
     def __len__(self) -> int: ...
 
+    def identity(self) -> str:
+        """As a `core.Source`'s."""
+        ...
+
     def address(self, i: int) -> list[Any]:
         """Where example i is read: plain values that `sources.example` understands in another process."""
         ...
@@ -229,6 +233,9 @@ class Stream:
     def steps(self) -> int:
         """Batches that hold every example once."""
         return -(-self.size // self.batch_size)
+
+    def identity(self) -> str:
+        return self.records.identity()
 
     def like(self) -> Batch:
         """Zeros that take no memory, of the shapes and types of the global batch."""
