@@ -72,6 +72,8 @@ def main(argv: list[str]) -> None:
         raise BadInput(f"--mode={FLAGS.mode} --sweep: a sweep trains; take its runs one by one, --workdir=DIR")
     limits = FLAGS.heartbeat_timeout, FLAGS.step_timeout
     distributed.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process, *limits)
+    if FLAGS.mode == "train" and FLAGS.workdir and not distributed.several():
+        log.check_free(Path(FLAGS.workdir))  # told before the experiment is built; `fit` takes the lock
     if distributed.several() and (FLAGS.sweep or FLAGS.mode in ("replay", "verify_resume", "benchmark")):
         raise BadInput("a sweep and --mode=replay, verify_resume and benchmark are of one process; start it once")
     # with the process, as two runs may start in one second
@@ -156,6 +158,8 @@ def train(exp, workdir: Path) -> None:
         say(str(error))
         sys.exit(1)
     except trainer.Preempted as stop:
+        for signum in trainer.STOPS:
+            signal.signal(signum, signal.SIG_IGN)  # it is on its way out, with the first one's exit code
         say("\n".join([str(stop), *getattr(stop, "__notes__", []), f"to go on: {again}"]))
         sys.exit(128 + stop.signum)
     except trainer.NonFinite as error:

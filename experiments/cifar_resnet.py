@@ -1,10 +1,10 @@
 """Residual networks of the CIFAR family on CIFAR-10 (He et al. 2015, section 4.2).
 
-    python launch.py --experiment=cifar_resnet --config.precision=bfloat16 --config.eval_every=3125
+    python launch.py --experiment=cifar_resnet --config.precision=bfloat16 --config.eval_every=1563
 
-83.54 % of the 10,000 test images at the last of 8 epochs, depth 20 (1 run, seed 0; bfloat16, as on a GPU); 45 min of
-one core of an Intel Xeon (jax 0.10.2), 2026-11-22. An earlier recipe (batch 128, learning rate 0.2, label smoothing
-0.1, crops of 4 pixels, float32) reached 83.64 % in as many epochs.
+87.16 % of the 10,000 test images at the last of 10 epochs, depth 20 (1 run, seed 0; bfloat16, as on a GPU); 51 min of
+one core of an Intel Xeon (jax 0.10.2), 2026-11-25. With the last scale of each block started at zero, which helps deep
+forms, it had reached 83.5 % in 8 epochs: this one starts at one, as in the paper.
 """
 
 import dataclasses

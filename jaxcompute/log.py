@@ -51,8 +51,7 @@ def lock(workdir: Path) -> Iterator[None]:
                 break
             held.close()  # its holder was just ending and has taken the name away
     except BlockingIOError:
-        by = file.read_text("utf-8") or "another process"
-        raise BadInput(f"{workdir} is in use by {by}; wait for it or end it, or take another --workdir") from None
+        raise _in_use(file) from None
     except OSError as error:
         raise BadInput(f"--workdir={workdir}: {error.strerror}; give a folder that can be written") from None
     with held:
@@ -68,6 +67,21 @@ def lock(workdir: Path) -> Iterator[None]:
             if made:
                 with contextlib.suppress(OSError):  # not empty, unless the run was refused
                     workdir.rmdir()
+
+
+def check_free(workdir: Path) -> None:
+    """Raises BadInput where another run holds it; takes nothing, so that `lock` may still find it held."""
+    file = workdir / ".lock"
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError), file.open("rb") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _in_use(file) from None
+
+
+def _in_use(file: Path) -> BadInput:
+    by = file.read_text("utf-8") or "another process"
+    return BadInput(f"{file.parent} is in use by {by}; wait for it or end it, or take another --workdir")
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------------

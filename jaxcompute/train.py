@@ -41,6 +41,7 @@ FREE = {"steps", "epochs", "log_every", "eval_every", "save_every", "keep_last",
 FREE |= {"mesh_data", "mesh_fsdp", "mesh_model"}
 
 
+STOPS = signal.SIGTERM, signal.SIGINT  # each asks a run to save and end
 AHEAD = 2  # streamed batches that are on the devices before they are asked for, and calls dispatched before one is done
 
 
@@ -368,7 +369,7 @@ def fit(
         Recompile: the batches changed their shape or dtype under way.
     """
     instruments = instruments or Instruments()
-    with contextlib.ExitStack() as held, stop_signals() as signals:
+    with stop_signals() as signals, contextlib.ExitStack() as held:
         with distributed.together():
             mesh = mesh or sharding.make_mesh(exp.config)
             if home := home_of(workdir):
@@ -848,7 +849,7 @@ def stop_signals() -> Iterator[list[int]]:
     def note(signum: int, frame: Any) -> None:
         seen.append(signum)
 
-    old = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
+    old = {signum: signal.signal(signum, note) for signum in STOPS}
     try:
         yield seen
     finally:
