@@ -1,4 +1,8 @@
 import dataclasses
+import os
+import platform
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +59,30 @@ def test_deterministic_too_late_or_against_the_environment_is_refused(flags, nam
     assert "\n" not in str(caught.value)
     monkeypatch.setenv("XLA_FLAGS", f"{flags} {sharding.DETERMINISTIC}")
     assert sharding.make_mesh(Run(deterministic=True)).size == 4
+
+
+FAULTS = """
+import resource
+import jax, jax.numpy as jnp
+from jaxcompute import core, sharding
+sharding.make_mesh(core.Run())
+call = jax.jit(lambda x, y: (jnp.cos(x) @ y).sum())  # keeps the cosines, 80 MB, between two kernels
+x, y = jnp.ones((4096, 5120)), jnp.ones((5120, 1))
+for _ in range(40):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call(x, y).block_until_ready()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
+def test_a_steps_scratch_memory_is_not_faulted_in_again():
+    run = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, env=os.environ | {"XLA_FLAGS": ""}
+    )
+    faults = [int(line) for line in run.stdout.split()]
+    assert max(faults) > 80e6 / 4096 * 0.9  # there is such scratch memory
+    assert sorted(faults)[20] < 100  # and once the heap has grown to hold it, nothing of it is new
 
 
 def test_a_batch_that_does_not_split_is_named_with_one_that_does():
