@@ -6,6 +6,7 @@
     python launch.py --experiment=digits_cnn --workdir=DIR --mode=replay    the step that was not finite, layer by layer
     python launch.py --experiment=digits_cnn --mode=verify_resume           is a killed run the unbroken one?
     python launch.py --experiment=digits_cnn --sweep=seed=0,1,2             a run a value, and a table
+    python launch.py --experiment=digits_cnn --launcher=slurm --time=60     the same as a job of Slurm, an array of jobs
     python launch.py --experiment=digits_cnn --mode=benchmark               what jit, precision, batch and devices give
     python launch.py --mode=doctor                                          is this machine fit to train?
 
@@ -43,6 +44,7 @@ flags.DEFINE_string("workdir", None, "where the run is left and goes on from; de
 flags.DEFINE_string("data_dir", None, "where data sets are; default $JAXCOMPUTE_DATA_DIR, else in the user's cache")
 flags.DEFINE_bool("allow_changes", False, "go on in a work directory with other steps, periods, meshes, code or data")
 flags.DEFINE_multi_string("sweep", [], "field=v1,v2: a run for each value; given again, for each combination")
+flags.DEFINE_integer("point", None, "of a sweep only this run, counted from 0, as the tasks of an array do", 0)
 flags.DEFINE_integer("memory_limit", None, "bytes a device that a run may use; default what the device has", 1)
 flags.DEFINE_bool("fit_memory", False, "cut the batch into as few micro-batches (accumulate) as fit the memory")
 flags.DEFINE_bool("json", False, "doctor: print JSON")
@@ -51,6 +53,15 @@ flags.DEFINE_integer("processes", None, "how many there are; with --coordinator"
 flags.DEFINE_integer("process", None, "which one this is, from 0; with --coordinator")
 flags.DEFINE_float("heartbeat_timeout", 100, "seconds after which a process that is dead or stopped ends the run", 10)
 flags.DEFINE_float("step_timeout", 600, "seconds a step of several processes may take, else the run ends; 0: any", 0)
+flags.DEFINE_enum("launcher", "local", ["local", "slurm"], "slurm: as a job, a sweep as an array, and follow its log")
+flags.DEFINE_integer("nodes", 1, "slurm: machines", 1)
+flags.DEFINE_integer("gpus_per_node", 0, "slurm: a process for each; 0: no GPUs, and a process a node", 0)
+flags.DEFINE_string(
+    "time", "60", "slurm: of a turn, MINUTES, H:MM:SS or D-H:MM:SS; a longer run goes on in another turn"
+)
+flags.DEFINE_multi_string("sbatch", [], "slurm: another option of sbatch, partition=gpu; may be given again")
+flags.DEFINE_bool("dry_run", False, "slurm: print the batch script and submit nothing")
+OF_SLURM = ("nodes", "gpus_per_node", "time", "sbatch", "dry_run")
 FLAGS = flags.FLAGS
 
 
@@ -58,10 +69,13 @@ def main(argv: list[str]) -> None:
     if FLAGS.data_dir:
         os.environ["JAXCOMPUTE_DATA_DIR"] = FLAGS.data_dir
     if FLAGS.mode == "doctor":
+        if FLAGS.launcher == "slurm":
+            raise BadInput("--mode=doctor looks at this machine: srun python launch.py --mode=doctor looks at another")
         doctor()  # before jax, which may be what is ill
     import jax
 
     from jaxcompute import distributed, sharding
+    from jaxcompute.sweep import grid
 
     logging.set_verbosity(logging.WARNING)  # jax tells of every backend that it does not find
     if not FLAGS.experiment:
@@ -70,11 +84,18 @@ def main(argv: list[str]) -> None:
         raise BadInput(f"--mode={FLAGS.mode}: say which run, --workdir=DIR")
     if FLAGS.mode != "train" and FLAGS.sweep:
         raise BadInput(f"--mode={FLAGS.mode} --sweep: a sweep trains; take its runs one by one, --workdir=DIR")
+    if FLAGS.launcher == "slurm":
+        slurm()
+    if of_slurm := [f"--{name}" for name in OF_SLURM if FLAGS[name].present and FLAGS[name].value]:
+        raise BadInput(f"{' and '.join(of_slurm)}: of a job; add --launcher=slurm")
+    if FLAGS.point is not None and not FLAGS.sweep:
+        raise BadInput(f"--point={FLAGS.point}: of which sweep? add its --sweep=field=value,value")
     limits = FLAGS.heartbeat_timeout, FLAGS.step_timeout
     distributed.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process, *limits)
     if FLAGS.mode == "train" and FLAGS.workdir and not distributed.several():
         log.check_free(Path(FLAGS.workdir))  # told before the experiment is built; `fit` takes the lock
-    if distributed.several() and (FLAGS.sweep or FLAGS.mode in ("replay", "verify_resume", "benchmark")):
+    whole_sweep = FLAGS.sweep and FLAGS.point is None
+    if distributed.several() and (whole_sweep or FLAGS.mode in ("replay", "verify_resume", "benchmark")):
         raise BadInput("a sweep and --mode=replay, verify_resume and benchmark are of one process; start it once")
     # with the process, as two runs may start in one second
     now = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
@@ -83,12 +104,16 @@ def main(argv: list[str]) -> None:
         module = configs.load(FLAGS.experiment, ROOT)
         # of a run that goes on: its config, and the flags that are given
         config = configs.from_flags(module.Config, config_of(workdir, module.Config))
+        if FLAGS.point is not None:
+            point = grid.point(config, FLAGS.sweep, FLAGS.point)
+            workdir /= grid.name(point)
+            config = configs.replace(configs.from_flags(module.Config, config_of(workdir, module.Config)), point)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_enable_x64", config.precision == "float64")
 
-    if FLAGS.sweep:
+    if whole_sweep:
         sweep(module, config, workdir)
         return
     if FLAGS.mode == "verify_resume":
@@ -227,6 +252,56 @@ def sweep(module, config, workdir: Path) -> None:
     best = module.experiment(config).best
     command = [sys.executable, __file__, *grid.flags_of_children(sys.argv)]
     sys.exit(grid.run(workdir, command, points, best))
+
+
+def slurm() -> NoReturn:
+    """Submit a job and follow it; or follow the one that this work directory's run is under way in."""
+    from jaxcompute.sweep import grid, slurm
+
+    module = configs.load(FLAGS.experiment, ROOT)
+    workdir = Path(FLAGS.workdir or f"runs/{FLAGS.experiment}/{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}")
+    workdir = workdir.absolute()
+    config = configs.from_flags(
+        module.Config, config_of(workdir, module.Config)
+    )  # told before a job waits for its turn
+    points = grid.points(config, FLAGS.sweep) if FLAGS.sweep else []
+    grid.check(workdir, config, points)
+    missing = grid.missing(workdir, points)
+
+    folder = workdir / "slurm" / FLAGS.mode
+    asked = FLAGS.nodes, FLAGS.gpus_per_node, FLAGS.time, FLAGS.sbatch
+    job = slurm.executor(folder, FLAGS.experiment, *asked, missing)
+    own = grid.flags_of_children(sys.argv, ("launcher", "workdir", *OF_SLURM))
+    command = shlex.join([sys.executable, "-u", os.path.abspath(__file__), *own, f"--workdir={workdir}"])
+    if points:
+        command += " --point=$SLURM_ARRAY_TASK_ID"
+    if FLAGS.dry_run:
+        print(job.script(command))
+        sys.exit(0)
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def tell(task: slurm.Task) -> None:
+        where = grid.name(points[int(task.number)]) if task.number.isdecimal() else task.number
+        why = f" ({task.reason})" if task.reason else ""
+        say(f"job {number}{where and f', {where}'}: {task.state.lower()}{why}")
+
+    code = None
+    if missing or not points:
+        number = slurm.submit(job, command, folder)
+        logs = f"{number}_*_0_log.out" if points else f"{number}_0_log.out"
+        say(f"job {number}, log in {folder / logs}; Ctrl-C leaves it alone")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            code = slurm.follow(number, tell, None if points else folder / logs)
+        except KeyboardInterrupt:
+            again = shlex.join([*sys.argv, *([] if FLAGS.workdir else [f"--workdir={workdir}"])])
+            say(f"job {number} goes on; to follow it: python {again}; to end it: scancel {number}")
+            sys.exit(128 + signal.SIGINT)
+    if points:
+        sys.exit(grid.finish(workdir, points, module.experiment(config).best))
+    sys.exit(int(log.read_status(workdir).get("state") != "done") if code is None else code)
 
 
 def launch() -> None:

@@ -41,7 +41,7 @@ FREE = {"steps", "epochs", "log_every", "eval_every", "save_every", "keep_last",
 FREE |= {"mesh_data", "mesh_fsdp", "mesh_model"}
 
 
-STOPS = signal.SIGTERM, signal.SIGINT  # each asks a run to save and end
+STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1  # each asks a run to save and end
 AHEAD = 2  # streamed batches that are on the devices before they are asked for, and calls dispatched before one is done
 
 
@@ -364,7 +364,7 @@ def fit(
     Raises:
         BadInput: a config, a mesh or a checkpoint that does not fit, or another run in the work directory.
         NonFinite: a loss or gradient was not finite; the checkpoints before it stand, and nonfinite/ has that step.
-        Preempted: SIGTERM or SIGINT came; the State has been saved.
+        Preempted: SIGTERM, SIGINT or SIGUSR1 came; the State has been saved.
         OutOfMemory: the step doesn't fit the devices' memory, by the forecast before step 0 or as it ran.
         Recompile: the batches changed their shape or dtype under way.
     """
@@ -837,7 +837,7 @@ class Clock:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT are put into; the loop looks at it, for nothing is safe inside a handler.
+    """A list that SIGTERM, SIGINT and SIGUSR1 are put into; the loop looks at it, for nothing is safe inside a handler.
 
     Those that follow change nothing: what the first began, a save, is done within seconds.
     """

@@ -259,13 +259,14 @@ def test_workers_end_with_whoever_holds_them_and_start_again(pictures):
     assert ended(second)
 
 
-def test_neither_ctrl_c_nor_sigterm_ends_a_worker(pictures):
+def test_neither_ctrl_c_nor_a_cluster_that_stops_the_job_ends_a_worker(pictures):
     with stream_of(1) as workers:
         source = stream.shuffled(pictures, 2, 0, stream.whole(8), workers)
         source.feed(0)
         pid = workers.processes[0].pid
         assert os.getsid(pid) == pid  # out of the terminal's reach
-        os.kill(pid, signal.SIGTERM)
+        for signum in (signal.SIGTERM, signal.SIGUSR1):  # of a cluster
+            os.kill(pid, signum)
         source.feed(5)
         assert workers.processes[0].pid == pid
 

@@ -322,7 +322,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_its_step(bad, tmp_path):
     assert checkpoint.steps(tmp_path / "checkpoints")[-1] == 6
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_the_same_call_goes_on(signum, tmp_path):
     exp = tiny.mlp(**on(1))
     whole = fit(exp)

@@ -172,7 +172,8 @@ def work() -> None:
 
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no answer
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent by a cluster to all of a job: the run saves, and then ends us
+    for stop in (signal.SIGTERM, signal.SIGUSR1):  # of a cluster, to all of a job: the run saves, and then ends us
+        signal.signal(stop, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     for line in sys.stdin.buffer:

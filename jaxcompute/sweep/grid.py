@@ -26,6 +26,8 @@ from jaxcompute.errors import BadInput
 
 AUTO = (("precision", "auto"), ("steps_per_call", 0))  # a run writes down what these became
 
+SWITCHES = ("dry_run",)  # flags without a value
+
 Point = dict[str, str]  # field -> value as the text of its flag
 
 
@@ -51,6 +53,14 @@ def points(config: Any, sweeps: Sequence[str]) -> list[Point]:
     return found
 
 
+def point(config: Any, sweeps: Sequence[str], number: int) -> Point:
+    """One of `points`, counted from 0. Raises BadInput where there are not so many."""
+    found = points(config, sweeps)
+    if number >= len(found):
+        raise BadInput(f"--point={number}: the sweep has {len(found)} points; count from 0 to {len(found) - 1}")
+    return found[number]
+
+
 def name(point: Point) -> str:
     """`learning_rate=0.1,seed=0`, with '-' for what a file name cannot hold; shortened where it is too long for one."""
     full = ",".join(f"{field}={re.sub('[^A-Za-z0-9.+_-]', '-', value)}" for field, value in point.items())
@@ -70,15 +80,15 @@ def check(workdir: Path, config: Any, points: Sequence[Point]) -> None:
                 raise BadInput(f"{where}: {field} was {was} and is {value}; take another --workdir, or the old value")
 
 
-def flags_of_children(argv: Sequence[str]) -> list[str]:
-    """The sweep's own arguments (flag files read in) less --sweep and --workdir, which each point has for itself."""
+def flags_of_children(argv: Sequence[str], own: Sequence[str] = ("sweep", "workdir")) -> list[str]:
+    """The arguments (flag files read in) less those, here --sweep and --workdir, that each child has for itself."""
     kept = []
     arguments = iter(configs.expand(argv))
     for argument in itertools.takewhile(lambda argument: argument != "--", arguments):
         flag, equals, _ = argument.lstrip("-").partition("=")
-        if not argument.startswith("-") or flag not in ("sweep", "workdir"):
+        if not argument.startswith("-") or flag not in own:
             kept.append(argument)
-        elif not equals:
+        elif not equals and flag not in SWITCHES:
             next(arguments)
     return kept
 
@@ -86,8 +96,8 @@ def flags_of_children(argv: Sequence[str]) -> list[str]:
 def run(workdir: Path, command: Sequence[str], points: Sequence[Point], best: tuple[str, Literal["max", "min"]]) -> int:
     """Run the points that are not done, one after the other; leave the table as sweep.csv, sweep.md and on the screen.
 
-    A point that fails does not stop the others. SIGINT and SIGTERM go to the running child, which saves itself;
-    then the sweep ends.
+    A point that fails does not stop the others. SIGINT, SIGTERM and SIGUSR1 go to the running child, which saves
+    itself; then the sweep ends.
 
     Args:
         workdir: of the sweep; each point has the directory `name(point)` in it.
@@ -108,7 +118,7 @@ def run(workdir: Path, command: Sequence[str], points: Sequence[Point], best: tu
     with _forwarding() as (start, stopped):
         for i, point in enumerate(points, 1):
             child = workdir / name(point)
-            done = _is_done(child)
+            done = not missing(workdir, [point])
             print(f"[{i}/{len(points)}] {name(point)}{': done before' if done else ''}", flush=True)
             if not done:
                 overrides = [f"--config.{field}={value}" for field, value in point.items()]
@@ -116,18 +126,25 @@ def run(workdir: Path, command: Sequence[str], points: Sequence[Point], best: tu
                 _leave_table(workdir, points, best)
             if stopped():
                 break
-    print(_leave_table(workdir, points, best), flush=True)
-    missing = [name(point) for point in points if not _is_done(workdir / name(point))]
-    if stopped() and missing:
+    if stopped() and missing(workdir, points):
+        print(_leave_table(workdir, points, best), flush=True)
         print(f"stopped by {stopped()[0].name}; the same command with --workdir={workdir} goes on", file=sys.stderr)
         return 128 + stopped()[0]
-    if missing:
-        print(f"{len(missing)} of {len(points)} points failed: {'  '.join(missing)}", file=sys.stderr)
-    return 1 if missing else 0
+    return finish(workdir, points, best)
 
 
-def _is_done(child: Path) -> bool:
-    return log.read_status(child).get("state") == "done"
+def missing(workdir: Path, points: Sequence[Point]) -> list[int]:
+    """The numbers of the points that are not done."""
+    return [i for i, point in enumerate(points) if log.read_status(workdir / name(point)).get("state") != "done"]
+
+
+def finish(workdir: Path, points: Sequence[Point], best: tuple[str, Literal["max", "min"]]) -> int:
+    """The table, and the exit code: 1 where points are not done, which are named."""
+    print(_leave_table(workdir, points, best), flush=True)
+    failed = [name(points[i]) for i in missing(workdir, points)]
+    if failed:
+        print(f"{len(failed)} of {len(points)} points failed: {'  '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 @contextlib.contextmanager
@@ -147,7 +164,7 @@ def _forwarding() -> Iterator[tuple[Callable[[Sequence[str]], subprocess.Popen],
             child[0].send_signal(number)
         return child[0]
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield start, lambda: got
     finally:

@@ -1,0 +1,176 @@
+"""Jobs of a real Slurm of one node, this machine: set up from Debian's packages by one_node_slurm.sh."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_distributed import close
+
+from jaxcompute import log
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = [sys.executable, str(ROOT / "launch.py")]
+SMALL = ["--experiment=digits_mlp", "--config.features=16", "--config.log_every=500"]
+
+
+# -- without Slurm -----------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_prints_the_script_and_needs_no_slurm(launcher, tmp_path):
+    flags = ["--launcher=slurm", "--nodes=2", "--gpus_per_node", "8", "--time=4:00:00", "--sbatch=partition=gpu"]
+    ended = launcher(*SMALL, *flags, "--dry_run", "--workdir=run", cwd=tmp_path, PATH="")
+    assert ended.code == 0, ended.err
+    options = {line for line in ended.out.splitlines() if line.startswith("#SBATCH")}
+    asked = {"nodes=2", "gpus-per-node=8", "ntasks-per-node=8", "time=4:00:00", "partition=gpu", "signal=TERM@120"}
+    assert {f"#SBATCH --{option}" for option in [*asked, "requeue", "open-mode=append"]} <= options
+    assert f"{' '.join([LAUNCH[0], '-u', LAUNCH[1], *SMALL])} --workdir={tmp_path}/run\n" in ended.out
+    assert 'case $code in 138|143) scontrol requeue "$SLURM_JOB_ID" ;; esac\nexit $code\n' in ended.out
+    assert not list(tmp_path.iterdir())
+
+    ended = launcher(*SMALL, "--sweep=seed=3,1,2", "--launcher=slurm", "--dry_run", cwd=tmp_path)
+    assert "#SBATCH --array=0,1,2\n" in ended.out and "--sweep=seed=3,1,2" in ended.out
+    assert " --point=$SLURM_ARRAY_TASK_ID\n" in ended.out and "gpus" not in ended.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--launcher=slurm"], "no sbatch on PATH"),
+        (["--launcher=slurm", "--time=4h"], "--time=4h: write minutes, HOURS:MM:SS or DAYS-HOURS:MM:SS"),
+        (["--launcher=slurm", "--time=0"], "--time=0: write minutes"),
+        (["--launcher=slurm", "--sbatch=--partition=x"], "--sbatch=--partition=x: write a long option of sbatch"),
+        (["--launcher=slurm", "--nodes=0"], "--nodes=0"),
+        (["--launcher=slurm", "--config.epochs=-1"], "epochs"),
+        (["--launcher=slurm", "--sweep=sed=1"], "no field sed (did you mean seed?)"),
+        (["--launcher=slurm", "--mode=doctor"], "--mode=doctor looks at this machine"),
+        (["--nodes=2", "--time=9"], "--nodes and --time: of a job; add --launcher=slurm"),
+        (["--dry_run"], "--dry_run: of a job; add --launcher=slurm"),
+        (["--sweep=seed=1,2", "--point=2"], "--point=2: the sweep has 2 points; count from 0 to 1"),
+        (["--point=0"], "--point=0: of which sweep?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, words, launcher, tmp_path):
+    ended = launcher(*SMALL, *flags, cwd=tmp_path, PATH="")
+    assert ended.code == 2 and words in ended.err and ended.err.count("\n") == 1, ended
+    assert not list(tmp_path.iterdir())
+
+
+# -- with one ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of its commands."""
+    if not shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin"):
+        if os.environ.get("CI"):
+            pytest.fail("CI must have Slurm: apt-get install slurm-wlm munge")
+        pytest.skip("no slurm-wlm and munge")
+    folder = tmp_path_factory.mktemp("slurm")
+    script = [str(ROOT / "tests/one_node_slurm.sh")]
+    subprocess.run([*script, "start", str(folder)], check=True, timeout=60)
+    yield os.environ | {
+        "SLURM_CONF": str(folder / "slurm.conf"),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    subprocess.run([*script, "stop", str(folder)], check=True, timeout=60)
+
+
+def start(env: dict[str, str], *command: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, cwd=ROOT)
+
+
+def wait_for(path: Path, pattern: str, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not list(path.glob(pattern)):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate(timeout=9)
+        time.sleep(0.02)
+
+
+def job(workdir: Path) -> str:
+    """Its number."""
+    (script,) = (workdir / "slurm/train").glob("*_submission.sh")
+    return script.name.partition("_")[0]
+
+
+def test_a_job_that_is_told_to_stop_goes_on_in_the_queue_to_the_bits_of_an_unbroken_run(slurm, launcher, tmp_path):
+    flags = [*SMALL, "--config.steps=9000", "--config.eval_every=4500", "--config.save_every=500"]
+    follower = start(slurm, *LAUNCH, *flags, "--launcher=slurm", f"--workdir={tmp_path / 'job'}")
+    whole = launcher(*flags, f"--workdir={tmp_path / 'whole'}", cwd=ROOT)
+    wait_for(tmp_path / "job", "checkpoints/[0-9]*", follower)
+    number = job(tmp_path / "job")
+    subprocess.run(["scancel", "--signal=TERM", number], check=True, env=slurm)
+    out, err = follower.communicate(timeout=120)
+    assert (whole.code, follower.returncode) == (0, 0), (whole, out, err)
+    assert "stopped by SIGTERM at step" in out and "resuming at step" in out and "9000/9000" in out  # its log
+    states = [
+        line.partition(": ")[2].partition(" ")[0] for line in err.splitlines() if line.startswith(f"job {number}: ")
+    ]
+    assert states[-2:] == ["running", "completed"] and states.count("running") == 2 and "pending" in states[-4:]
+    one, other = log.read_status(tmp_path / "whole"), log.read_status(tmp_path / "job")
+    assert one["digest"] == other["digest"] and one["state"] == other["state"] == "done"
+    close(tmp_path / "whole", tmp_path / "job")
+
+
+def test_a_job_is_left_alone_followed_again_and_ended_for_good(slurm, tmp_path):
+    command = [*LAUNCH, *SMALL, "--config.steps=900000", "--launcher=slurm", f"--workdir={tmp_path / 'job'}"]
+    follower = start(slurm, *command)
+    wait_for(tmp_path / "job", "slurm/train/*_0_log.out", follower)
+    number = job(tmp_path / "job")
+    follower.send_signal(signal.SIGINT)
+    _, err = follower.communicate(timeout=30)
+    assert follower.returncode == 130 and f"to end it: scancel {number}" in err.splitlines()[-1]
+
+    follower = start(slurm, *command)
+    wait_for(tmp_path / "job", "checkpoints/[0-9]*", follower)
+    subprocess.run(["scancel", number], check=True, env=slurm)
+    out, err = follower.communicate(timeout=120)
+    assert f"job {number}: cancelled" in err and "resuming" not in out
+    assert follower.returncode == 143
+    assert job(tmp_path / "job") == number
+
+
+def test_a_sweep_is_an_array_and_only_what_is_missing_is_submitted_again(slurm, launcher, tmp_path):
+    flags = [*SMALL, "--config.steps=100", "--sweep=seed=0,1,2", f"--workdir={tmp_path / 'sweep'}"]
+    assert launcher(*flags, "--point=1", cwd=ROOT).code == 0
+    ended = subprocess.run([*LAUNCH, *flags, "--launcher=slurm"], env=slurm, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended
+    (script,) = (tmp_path / "sweep/slurm/train").glob("*_submission.sh")
+    assert "#SBATCH --array=0,2\n" in script.read_text()
+    rows = list(csv.DictReader((tmp_path / "sweep/sweep.csv").read_text().splitlines()))
+    assert sorted((row["seed"], row["step"], row["state"]) for row in rows) == [(s, "100", "done") for s in "012"]
+    assert "seed=2: completed" in ended.stderr and "seed=1:" not in ended.stderr
+    assert f"{float(rows[0]['accuracy']):.4g}" in ended.stdout
+
+
+def test_the_shell_of_an_allocation_is_one_process_and_srun_in_it_is_several(slurm, tmp_path):
+    flags = [*SMALL, "--config.steps=60", "--config.log_every=10"]
+    command = [*LAUNCH, *flags, f"--workdir={tmp_path / 'one'}"]
+    shell = " && ".join(["env", " ".join(command), " ".join(["srun", *command[:-1], f"--workdir={tmp_path / 'two'}"])])
+    ended = subprocess.run(["salloc", "-n2", "sh", "-c", shell], env=slurm, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended
+    assert "SLURM_NTASKS=2\n" in ended.stdout  # what jax alone would wait for a second process by
+    assert "1 x cpu" in ended.stdout + ended.stderr and "2 x cpu" in ended.stdout + ended.stderr
+    close(tmp_path / "one", tmp_path / "two")
+
+
+def test_what_slurm_refuses_is_one_line(slurm, tmp_path):
+    refused = subprocess.run(
+        [*LAUNCH, *SMALL, "--launcher=slurm", "--sbatch=partition=none", f"--workdir={tmp_path / 'run'}"],
+        env=slurm,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 2 and "invalid partition" in refused.stderr and refused.stderr.count("\n") == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
