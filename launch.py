@@ -8,6 +8,7 @@
     python launch.py --experiment=digits_cnn --sweep=seed=0,1,2             a run a value, and a table
     python launch.py --experiment=digits_cnn --launcher=slurm --time=60     the same as a job of Slurm, an array of jobs
     python launch.py --experiment=digits_cnn --mode=benchmark               what jit, precision, batch and devices give
+    python launch.py --experiment=digits_cnn --mode=profile                 where a step's time goes, and what bounds it
     python launch.py --mode=doctor                                          is this machine fit to train?
 
 Exit codes: 0 done, 1 a run failed, 2 bad input, 128 + n stopped by signal n and saved.
@@ -34,11 +35,12 @@ flags.DEFINE_string("experiment", None, "name of a file of experiments/")
 flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "replay", "verify_resume", "doctor", "benchmark"],
+    ["train", "evaluate", "replay", "verify_resume", "doctor", "benchmark", "profile"],
     "train; evaluate the best checkpoint, else the latest; replay the step that was not finite and say what was first; "
     "verify_resume: kill a short run at random and compare it with an unbroken one, bit for bit; "
     "doctor: a page of checks of this machine, each with its mend, and ten seconds of measurement; "
-    "benchmark: what jit, precision, batch size and devices give this experiment's step",
+    "benchmark: what jit, precision, batch size and devices give this experiment's step; "
+    "profile: a trace of a few steps for TensorBoard, time by operation and layer, and what bounds them (roofline)",
 )
 flags.DEFINE_string("workdir", None, "where the run is left and goes on from; default runs/<experiment>/<time>")
 flags.DEFINE_string("data_dir", None, "where data sets are; default $JAXCOMPUTE_DATA_DIR, else in the user's cache")
@@ -95,8 +97,9 @@ def main(argv: list[str]) -> None:
     if FLAGS.mode == "train" and FLAGS.workdir and not distributed.several():
         log.check_free(Path(FLAGS.workdir))  # told before the experiment is built; `fit` takes the lock
     whole_sweep = FLAGS.sweep and FLAGS.point is None
-    if distributed.several() and (whole_sweep or FLAGS.mode in ("replay", "verify_resume", "benchmark")):
-        raise BadInput("a sweep and --mode=replay, verify_resume and benchmark are of one process; start it once")
+    alone = ("replay", "verify_resume", "benchmark", "profile")
+    if distributed.several() and (whole_sweep or FLAGS.mode in alone):
+        raise BadInput(f"a sweep and --mode={', '.join(alone)} are of one process; start it once")
     # with the process, as two runs may start in one second
     now = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
     workdir = Path(FLAGS.workdir or distributed.share(f"runs/{FLAGS.experiment}/{now}"))
@@ -121,7 +124,8 @@ def main(argv: list[str]) -> None:
     with distributed.together():
         sharding.check_batch(sharding.make_mesh(config), config)  # told before any data is read
         exp = module.experiment(config)
-    {"train": train, "evaluate": evaluate, "replay": replay, "benchmark": benchmark}[FLAGS.mode](exp, workdir)
+    modes = {"train": train, "evaluate": evaluate, "replay": replay, "benchmark": benchmark, "profile": profile}
+    modes[FLAGS.mode](exp, workdir)
 
 
 def doctor() -> NoReturn:
@@ -228,14 +232,33 @@ def benchmark(exp, workdir: Path) -> None:
 
     with energy.meter(jax.local_devices()) as joules:
         found = benchmark.run(exp, joules, say=lambda text: print(text, file=sys.stderr, flush=True))
-    workdir.mkdir(parents=True, exist_ok=True)
-    log.write_json(workdir / "benchmark.json", log.describe(configs.to_json(exp.config), **benchmark.to_json(found)))
     print(benchmark.text(found))
+    leave(exp, workdir, "benchmark", benchmark.to_json(found), lambda file: benchmark.picture(found, file))
+
+
+def profile(exp, workdir: Path) -> None:
+    from jaxcompute.compute import profile, roofline
+
+    found = profile.run(exp, workdir)
+    print(profile.text(found), end="\n\n", flush=True)
+    roof = roofline.run(found)
+    print(roofline.text(roof))
+    facts = profile.to_json(found) | {"roofline": roofline.to_json(roof)}
+    leave(exp, workdir, "profile", facts, lambda file: roofline.picture(roof, file))
+    print(f"to see the trace: pip install xprof, and tensorboard --logdir={workdir}")
+
+
+def leave(exp, workdir: Path, name: str, facts: dict, draw) -> None:
+    """What was measured, as JSON and as a picture."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    log.write_json(workdir / f"{name}.json", log.describe(configs.to_json(exp.config), **facts))
+    left = [f"{name}.json"]
     try:
-        benchmark.picture(found, workdir / "benchmark.png")
+        draw(workdir / f"{name}.png")
+        left.append(f"{name}.png")
     except ModuleNotFoundError:
         print("no picture, as matplotlib is not installed: pip install -e '.[notebook]'")
-    print(f"left in {workdir}: benchmark.json, benchmark.png")
+    print(f"left in {workdir}: {', '.join(left)}")
 
 
 def verify_resume() -> None:

@@ -466,11 +466,17 @@ def _columns(stream: TextIO) -> int:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
-    """Aligned text, numbers to the right."""
+def table(rows: Sequence[Sequence[Any]], headers: Sequence[str], words: int | None = None) -> str:
+    """Aligned text, numbers to the right.
+
+    Args:
+        words: columns at the left that are words; all others are figures, with their units. None: as the values are.
+    """
     cells = [list(headers), *([cell(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(headers))]
+    if words is not None:
+        right = [i >= words for i in range(len(headers))]
     cells.insert(1, ["-" * width for width in widths])
     align = [str.rjust if number else str.ljust for number in right]
     return "\n".join("  ".join(a(c, w) for a, c, w in zip(align, line, widths, strict=True)).rstrip() for line in cells)

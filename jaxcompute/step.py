@@ -61,7 +61,8 @@ def gradient(exp: Experiment, state: State, batch: Batch, key: jax.Array) -> tup
 
     def loss(params: PyTree, mutable: PyTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
         outputs, mutable = forward(exp, params, mutable, batch["image"], train=True, key=key)
-        scalar, metrics = exp.loss(outputs, batch)
+        with jax.named_scope("loss"):
+            scalar, metrics = exp.loss(outputs, batch)
         return scalar, (mutable, metrics)
 
     def micro(i: Any, mutable: PyTree) -> Sums:
@@ -94,6 +95,7 @@ def gradient(exp: Experiment, state: State, batch: Batch, key: jax.Array) -> tup
     return grads, mutable, metrics
 
 
+@jax.named_scope("optimizer")
 def update(exp: Experiment, state: State, grads: PyTree, mutable: PyTree) -> tuple[State, Metrics]:
     """One step of the optimizer; reports the gradient's norm before clipping."""
     norm = optax.tree.norm(grads)
@@ -117,7 +119,8 @@ def update(exp: Experiment, state: State, grads: PyTree, mutable: PyTree) -> tup
 def train_step(exp: Experiment, state: State, batch: Batch) -> tuple[State, Metrics]:
     """One optimizer step on the global batch."""
     prepare_key, model_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-    batch = exp.prepare(batch, prepare_key, True)
+    with jax.named_scope("prepare"):
+        batch = exp.prepare(batch, prepare_key, True)
     grads, mutable, metrics = gradient(exp, state, batch, model_key)
     state, more = update(exp, state, grads, mutable)
     return state, metrics | more

@@ -101,6 +101,7 @@ class Program(NamedTuple):
     init: Callable[[], State]
     feed: "Feeder"  # what the step's call is given, on the devices
     steps: Callable[[int], Callable[[State, Metrics, Batch], tuple[State, Metrics]]]  # by count; donates state and sums
+    compiled: Callable[[int], jax.stages.Compiled]  # what `steps` calls
     sums: Callable[[], Metrics]  # empty sums of the training metrics
     eval_feed: "Feeder"
     eval_step: Callable[[State, Metrics, Batch, np.int32], Metrics]
@@ -161,7 +162,9 @@ def compile(exp: Experiment, mesh: jax.sharding.Mesh) -> Program:
 
     @jax.jit
     def advance(state: State, feed: Batch) -> tuple[State, Metrics]:
-        new, seen = train_step(exp, state, sharding.split(mesh, exp.train.batch(feed, state.step)))
+        with jax.named_scope("data"):
+            batch = sharding.split(mesh, exp.train.batch(feed, state.step))
+        new, seen = train_step(exp, state, batch)
         return new, seen | {"step": Last(new.step)}
 
     @jax.jit
@@ -239,6 +242,7 @@ def compile(exp: Experiment, mesh: jax.sharding.Mesh) -> Program:
         init=lambda: jax.jit(init, out_shardings=placed)(feed.blank()),
         feed=feed,
         steps=steps,
+        compiled=compiled,
         sums=zeros(seen),
         eval_feed=eval_feed,
         eval_step=measured if exp.eval.resident else paced(measured),

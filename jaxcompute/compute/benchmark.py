@@ -159,7 +159,7 @@ def measure(
         prepare = jax.jit(lambda feed, at: exp.prepare(exp.train.batch(feed, at), jax.random.key(0), True))
         preparing = _median(lambda: prepare(program.feed(0), jnp.int32(0)), seconds / 4)
         after = _peak(mesh)
-        moved = _cost(call, "bytes accessed")  # a loop's body counts once
+        moved = _cost(program.compiled(count), "bytes accessed")  # a loop's body counts once
         return Point(
             setting,
             ms=1e3 * second,
@@ -217,7 +217,7 @@ def _peak(mesh: jax.sharding.Mesh) -> int | None:
     return (mesh.local_devices[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def _cost(call: Any, name: str) -> float | None:
+def _cost(call: jax.stages.Compiled, name: str) -> float | None:
     """Of one device, as XLA counts it."""
     found = call.cost_analysis()
     found = found[0] if isinstance(found, list) else found
@@ -333,7 +333,7 @@ def text(found: Benchmark) -> str:
         for point in dict.fromkeys([*found.ladder, *found.batches])
     ]
     kept = [i for i in range(len(headers)) if any(row[i] for row in rows)]  # a column that no one can fill is left out
-    lines = [_table([[row[i] for i in kept] for row in rows], [headers[i] for i in kept])]
+    lines = [log.table([[row[i] for i in kept] for row in rows], [headers[i] for i in kept], 1)]
     if found.devices > 1:
         lines += ["", _scaling(found)]
     else:
@@ -355,7 +355,7 @@ def _scaling(found: Benchmark) -> str:
                 row += [f"{point.ms:.3g}", f"{gain:.2f}x", f"{gain / n:.0%}"]
         rows.append(row)
     headers = ["devices", "strong: ms", "speed-up", "efficiency", "weak: ms", "speed-up", "efficiency"]
-    lines = [_table(rows, headers)]
+    lines = [log.table(rows, headers, 0)]
     if found.serial_share is not None:
         limit = (
             f"at most {1 / found.serial_share:.1f}x on any number" if found.serial_share > 0 else "no limit in sight"
@@ -364,16 +364,6 @@ def _scaling(found: Benchmark) -> str:
     if found.device == "cpu":
         lines.append("virtual devices share this machine's cores: more of them can't be faster")
     return "\n".join(lines)
-
-
-def _table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
-    """All columns but the first to the right, as they are figures with their units."""
-    widths = [max(len(str(cell)) for cell in column) for column in zip(headers, *rows, strict=True)]
-
-    def line(cells: Sequence[Any]) -> list[str]:
-        return [str(cells[0]), *(str(cell).rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
-
-    return log.table([line(row) for row in rows], line(headers))
 
 
 def _share(value: float | None) -> str:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
+@jax.named_scope("max_pool")
 def max_pool(x: jax.Array) -> jax.Array:
     """The maximum of each 2x2 window: [B, H, W, C] to [B, H // 2, W // 2, C]; an odd last row or column is left out.
 
