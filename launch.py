@@ -8,6 +8,7 @@
     python launch.py --experiment=digits_cnn --sweep=seed=0,1,2             a run a value, and a table
     python launch.py --experiment=digits_cnn --launcher=slurm --time=60     the same as a job of Slurm, an array of jobs
     python launch.py --experiment=digits_cnn --mode=benchmark               what jit, precision, batch and devices give
+    python launch.py --experiment=digits_cnn --mode=benchmark --inference   how fast its model answers, batch 1 to 256
     python launch.py --experiment=digits_cnn --mode=profile                 where a step's time goes, and what bounds it
     python launch.py --mode=doctor                                          is this machine fit to train?
 
@@ -49,6 +50,7 @@ flags.DEFINE_multi_string("sweep", [], "field=v1,v2: a run for each value; given
 flags.DEFINE_integer("point", None, "of a sweep only this run, counted from 0, as the tasks of an array do", 0)
 flags.DEFINE_integer("memory_limit", None, "bytes a device that a run may use; default what the device has", 1)
 flags.DEFINE_bool("fit_memory", False, "cut the batch into as few micro-batches (accumulate) as fit the memory")
+flags.DEFINE_bool("inference", False, "benchmark: the model's answers in place of its training step")
 flags.DEFINE_bool("json", False, "doctor: print JSON")
 flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where a launcher does not tell jax")
 flags.DEFINE_integer("processes", None, "how many there are; with --coordinator")
@@ -228,10 +230,18 @@ def replay(exp, workdir: Path) -> None:
 def benchmark(exp, workdir: Path) -> None:
     import jax
 
-    from jaxcompute.compute import benchmark, energy
+    from jaxcompute.compute import benchmark, energy, inference
 
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    if FLAGS.inference:
+        answers = inference.run(exp, say)
+        print(inference.text(answers))
+        leave(exp, workdir, "inference", inference.to_json(answers), lambda file: inference.picture(answers, file))
+        return
     with energy.meter(jax.local_devices()) as joules:
-        found = benchmark.run(exp, joules, say=lambda text: print(text, file=sys.stderr, flush=True))
+        found = benchmark.run(exp, joules, say)
     print(benchmark.text(found))
     leave(exp, workdir, "benchmark", benchmark.to_json(found), lambda file: benchmark.picture(found, file))
 
