@@ -238,12 +238,12 @@ def benchmark(exp, workdir: Path) -> None:
     if FLAGS.inference:
         answers = inference.run(exp, say)
         print(inference.text(answers))
-        leave(exp, workdir, "inference", inference.to_json(answers), lambda file: inference.picture(answers, file))
+        leave(exp, workdir, "inference", inference.to_json(answers), lambda: inference.picture(answers))
         return
     with energy.meter(jax.local_devices()) as joules:
         found = benchmark.run(exp, joules, say)
     print(benchmark.text(found))
-    leave(exp, workdir, "benchmark", benchmark.to_json(found), lambda file: benchmark.picture(found, file))
+    leave(exp, workdir, "benchmark", benchmark.to_json(found), lambda: benchmark.picture(found))
 
 
 def profile(exp, workdir: Path) -> None:
@@ -254,17 +254,17 @@ def profile(exp, workdir: Path) -> None:
     roof = roofline.run(found)
     print(roofline.text(roof))
     facts = profile.to_json(found) | {"roofline": roofline.to_json(roof)}
-    leave(exp, workdir, "profile", facts, lambda file: roofline.picture(roof, file))
+    leave(exp, workdir, "profile", facts, lambda: roofline.picture(roof))
     print(f"to see the trace: pip install xprof, and tensorboard --logdir={workdir}")
 
 
-def leave(exp, workdir: Path, name: str, facts: dict, draw) -> None:
+def leave(exp, workdir: Path, name: str, facts: dict, picture) -> None:
     """What was measured, as JSON and as a picture."""
     workdir.mkdir(parents=True, exist_ok=True)
     log.write_json(workdir / f"{name}.json", log.describe(configs.to_json(exp.config), **facts))
     left = [f"{name}.json"]
     try:
-        draw(workdir / f"{name}.png")
+        picture().savefig(workdir / f"{name}.png", dpi=120)
         left.append(f"{name}.png")
     except ModuleNotFoundError:
         print("no picture, as matplotlib is not installed: pip install -e '.[notebook]'")

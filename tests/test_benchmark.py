@@ -14,7 +14,9 @@ ROOFS = benchmark.Roofs({"float32": 1e11, "bfloat16": 2e11}, 1e10, "made up")
 
 def point(ms: float, batch_size: int = 64, devices: int = 1, jit: bool = True) -> Point:
     rate = 1e3 * batch_size / ms
-    return Point(Setting("float32", batch_size, devices, 1, jit), ms, 0.01, rate, 0.4, 0.2, 10**9, None, 0.0, None)
+    return Point(
+        Setting("float32", batch_size, devices, 1, jit), ms, 0.01, rate, 0.4, 0.2, 10**9, None, 0.0, None, None
+    )
 
 
 @pytest.mark.parametrize("serial", [0.0, 0.1, 0.5, 1.0])
@@ -65,7 +67,9 @@ def test_a_real_step_is_measured_over_the_grid(monkeypatch, tmp_path):
     for p in (*found.batches, *found.strong):
         assert p.mfu == pytest.approx(p.examples_per_sec * flops / 1e11 / p.setting.devices)
         assert p.predicted and 0 < p.data <= 1 and p.joules > 0 and p.measured is None
+        assert (p.collectives is None) == (p.setting.devices == 1)
+    assert 0 < found.strong[1].collectives <= 1
     assert json.loads(json.dumps(benchmark.to_json(found)))["strong"][1]["setting"]["devices"] == 2
-    benchmark.picture(found, tmp_path / "two.png")
-    benchmark.picture(found._replace(devices=1), tmp_path / "one.png")
+    benchmark.picture(found).savefig(tmp_path / "two.png")
+    benchmark.picture(found._replace(devices=1)).savefig(tmp_path / "one.png")
     assert all((tmp_path / name).stat().st_size > 10**4 for name in ("one.png", "two.png"))

@@ -109,7 +109,7 @@ def test_real_answers_are_measured(tmp_path):
     by_way = {point.way: point for point in found.points if point.batch_size == 1}
     assert by_way[JIT].p50 < by_way[SERIAL].p50
     json.dumps(inference.to_json(found))
-    inference.picture(found, tmp_path / "inference.png")
+    inference.picture(found).savefig(tmp_path / "inference.png")
     assert (tmp_path / "inference.png").stat().st_size > 10**4
 
 

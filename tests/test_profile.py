@@ -103,7 +103,7 @@ def test_a_real_trace_of_two_devices(tmp_path):
     left = {file.name.split(".", 1)[1] for file in (tmp_path / found.trace).iterdir()}
     assert left == {"xplane.pb", "trace.json.gz"}
     roof = roofline.place(found, "float32", 1e11, 1e10)
-    roofline.picture(roof, tmp_path / "roof.png")
+    roofline.picture(roof).savefig(tmp_path / "roof.png")
     assert (tmp_path / "roof.png").stat().st_size > 10**4
     json.dumps(profile.to_json(found) | {"roofline": roofline.to_json(roof)})
 

@@ -12,17 +12,21 @@ import contextlib
 import dataclasses
 import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxcompute import log, sharding, step, train
-from jaxcompute.compute import ceilings, memory, peaks
+from jaxcompute.compute import ceilings, hlo, memory, peaks, profile
 from jaxcompute.core import Experiment
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Precision = Literal["float32", "tensorfloat32", "bfloat16"]
 
@@ -49,6 +53,7 @@ class Point(NamedTuple):
     predicted: int | None  # bytes a device
     measured: int | None  # bytes a device, where they are the most so far
     data: float | None  # of the step's time: reading, gathering and augmenting its batch
+    collectives: float | None  # of the step's time: sending between devices, and waiting for one another; one: None
     joules: float | None  # an example
 
 
@@ -170,6 +175,7 @@ def measure(
             predicted=sum(program.memory().values()) or None,
             measured=after if after is not None and after > (before or 0) else None,
             data=min(1.0, (waited + preparing) / second),
+            collectives=_collectives(program) if mesh.size > 1 else None,
             joules=None if start is None or used is None else (used - start) / steps / setting.batch_size,
         )
 
@@ -190,7 +196,15 @@ def _serial(program: train.Program, setting: Setting, roofs: Roofs, seconds: flo
     second = statistics.median(times)
     mfu = program.flops() / second / roofs.flops[setting.precision]
     rate = setting.batch_size / second
-    return Point(setting, 1e3 * second, _spread(times), rate, mfu, None, None, None, None, None)
+    return Point(setting, 1e3 * second, _spread(times), rate, mfu, None, None, None, None, None, None)
+
+
+def _collectives(program: train.Program) -> float:
+    """Their share of a step, from a trace of a few."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = profile.traced(program, Path(folder), seconds=0.2)
+    spent = sum(op.ms for op in found.ops if op.kind == hlo.COLLECTIVE)
+    return min(1.0, spent / found.traced_ms)
 
 
 def _times(call: Callable[[], Any], seconds: float) -> list[float]:
@@ -315,7 +329,7 @@ def text(found: Benchmark) -> str:
     """Three tables, and what they say in words."""
     serial = found.ladder[0]
     headers = ["setting", "examples/s", "ms", "±", "over serial", "of peak", "of bandwidth"]
-    headers += ["predicted", "measured", "data", "J/example"]
+    headers += ["predicted", "measured", "data", "collectives", "J/example"]
     rows = [
         (
             describe(point.setting),
@@ -328,6 +342,7 @@ def text(found: Benchmark) -> str:
             _bytes(point.predicted),
             _bytes(point.measured),
             _share(point.data),
+            _share(point.collectives),
             "" if point.joules is None else f"{point.joules:.3g}",
         )
         for point in dict.fromkeys([*found.ladder, *found.batches])
@@ -393,8 +408,12 @@ def to_json(found: Benchmark) -> dict[str, Any]:
     return plain(found)
 
 
-def picture(found: Benchmark, file: Path) -> None:
-    """One picture: what each change gave, throughput by batch size, and devices (or memory, where there is one)."""
+def picture(found: Benchmark) -> "Figure":
+    """One picture: what each change gave, throughput by batch size, and devices (or memory, where there is one).
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.2), layout="constrained")
@@ -413,7 +432,7 @@ def picture(found: Benchmark, file: Path) -> None:
         _draw_memory(right, found.batches)
     for axes in (gains, batches, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=120)
+    return figure
 
 
 BLUE, GREY, ORANGE = "#2f6db3", "#9aa3ad", "#d9822b"
@@ -432,7 +451,9 @@ def _draw_gains(axes: Any, found: Benchmark) -> None:
         ]
         names.append(" ".join(filter(None, change)))
     places = range(len(points))
-    axes.barh(places, [p.examples_per_sec / serial for p in points], color=[GREY] + [BLUE] * (len(points) - 1))
+    best = max(range(len(points)), key=lambda i: points[i].examples_per_sec)
+    colors = [GREY if i == 0 else ORANGE if i == best else BLUE for i in places]
+    axes.barh(places, [p.examples_per_sec / serial for p in points], color=colors)
     for place, point in zip(places, points, strict=True):
         gain = point.examples_per_sec / serial
         axes.text(gain, place, f" {_times_as_fast(gain)}  {point.examples_per_sec:,.0f}/s", va="center", fontsize=9)
@@ -454,11 +475,12 @@ def _draw_batches(axes: Any, points: Sequence[Point]) -> None:
         if p.mfu is not None:
             place = (p.setting.batch_size, p.examples_per_sec)
             label = _share(p.mfu) + " of peak"
-            axes.annotate(label, place, (0, 7), textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(label, place, (-4, 7), textcoords="offset points", ha="right", fontsize=8)
     axes.set_title(f"Batch size, {points[0].setting.precision}, one device", fontsize=11)
     axes.set_xlabel("examples a step")
+    axes.yaxis.set_major_formatter(lambda value, _: log.quantity(value, ""))
     axes.set_ylabel("examples/s")
-    axes.margins(x=0.2)
+    axes.margins(x=0.25)
 
 
 def _draw_scaling(axes: Any, found: Benchmark) -> None:

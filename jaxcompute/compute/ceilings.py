@@ -98,7 +98,11 @@ def measure(seconds: float = 8.0, devices: list[Any] | None = None) -> Ceilings:
 
 
 def best(call: Callable[..., Any], *arguments: Any, seconds: float) -> float:
-    """Seconds of the fastest of some batches of calls; each batch lasts long enough to hide the way to the device."""
+    """Seconds a call, of the fastest of some batches of calls.
+
+    A batch lasts long enough to hide the way to the device, and no longer: a machine that others use as well is left
+    alone for moments at best.
+    """
     jax.block_until_ready(call(*arguments))  # warm-up
 
     def run(count: int) -> float:
@@ -110,7 +114,7 @@ def best(call: Callable[..., Any], *arguments: Any, seconds: float) -> float:
 
     end = time.perf_counter() + seconds
     once = run(1)
-    count = max(1, min(round(0.05 / once), 100))
+    count = max(1, min(round(0.02 / once), 100))
     fastest = once
     while time.perf_counter() + count * once < end:
         fastest = min(fastest, run(count))

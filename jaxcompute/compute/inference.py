@@ -13,8 +13,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import flax.traverse_util
@@ -23,6 +22,9 @@ import jax.numpy as jnp
 
 from jaxcompute import log, sharding, step, train
 from jaxcompute.core import Experiment, PyTree, State
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BATCHES = (1, 32, 256)
 SERIAL, JIT, COMPILED, CONSTANTS, FOLDED = WAYS = ("serial", "jit", "compiled", "constants", "folded")
@@ -294,7 +296,7 @@ def to_json(found: Inference) -> dict[str, Any]:
 COLORS = {SERIAL: "#9aa3ad", JIT: "#a9c4e4", COMPILED: "#6f9fd0", CONSTANTS: "#2f6db3", FOLDED: "#d9822b"}
 
 
-def picture(found: Inference, file: Path) -> None:
+def picture(found: Inference) -> "Figure":
     """Latency by batch size, the thin lines up to p99, and throughput; the ways side by side."""
     from matplotlib.figure import Figure
 
@@ -332,4 +334,4 @@ def picture(found: Inference, file: Path) -> None:
         f"{fastest.batch_size}, {best.examples_per_sec:,.0f} examples/s at {best.batch_size:,}",
         fontsize=13,
     )
-    figure.savefig(file, dpi=120)
+    return figure

@@ -75,10 +75,11 @@ def run(exp: Experiment, workdir: Path, seconds: float = 2.0) -> Profile:
     mesh = sharding.make_mesh(exp.config)
     program = train.compile(train.resolve(exp, mesh), mesh)
     with contextlib.closing(program):
-        return _traced(program, workdir, seconds)
+        return traced(program, workdir, seconds)
 
 
-def _traced(program: train.Program, workdir: Path, seconds: float) -> Profile:
+def traced(program: train.Program, workdir: Path, seconds: float) -> Profile:
+    """As `run`, of a compiled program."""
     count, mesh = program.exp.config.steps_per_call, program.mesh
     call = program.steps(count)
     state, sums, at = program.init(), program.sums(), 0
@@ -106,7 +107,7 @@ def _traced(program: train.Program, workdir: Path, seconds: float) -> Profile:
     folder = workdir / "plugins" / "profile"
     before = set(folder.glob("*/*.xplane.pb"))
     with jax.profiler.trace(str(workdir), profiler_options=options):
-        traced = loop(calls)
+        slowed = loop(calls)
     (file,) = set(folder.glob("*/*.xplane.pb")) - before
     devices, host = read(file)
     return summary(
@@ -118,7 +119,7 @@ def _traced(program: train.Program, workdir: Path, seconds: float) -> Profile:
         device=mesh.devices.flat[0].device_kind,
         precision=program.exp.config.precision,
         ms=1e3 * plain,
-        traced_ms=1e3 * traced,
+        traced_ms=1e3 * slowed,
         flops=program.flops() / mesh.size,
         trace=str(file.parent.relative_to(workdir)),
     )

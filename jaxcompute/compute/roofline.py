@@ -7,14 +7,16 @@ what does lie there, as most of a small net does on a CPU, may stand above the s
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 
 from jaxcompute import log
 from jaxcompute.compute import ceilings, peaks
 from jaxcompute.compute.profile import Profile
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Bound = Literal["arithmetic", "memory", "overhead"]
 SLOW = 0.1  # of its roof: below that it is neither arithmetic nor memory that an instruction waits for
@@ -126,14 +128,14 @@ MEANS: dict[Bound, str] = {
 }
 
 
-def picture(found: Roofline, file: Path) -> None:
+def picture(found: Roofline) -> "Figure":
     """The roofs, the step as a star, and its heaviest instructions, the larger the longer they take."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5.6), layout="constrained")
     axes = figure.subplots()
     draw(axes, found)
-    figure.savefig(file, dpi=120)
+    return figure
 
 
 def draw(axes: Any, found: Roofline) -> None:
