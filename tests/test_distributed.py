@@ -25,16 +25,23 @@ SMALL = ["--experiment=digits_mlp", "--config.features=16", "--config.log_every=
 class Several:
     """N processes of a command that takes --coordinator, --processes and --process."""
 
-    def __init__(self, command: list[str], n: int = 2, folders: list[Path] | None = None):
+    def __init__(
+        self,
+        command: list[str],
+        n: int = 2,
+        folders: list[Path] | None = None,
+        at: str = "127.0.0.1",
+        hosts: list[list[str]] | None = None,  # of each process, what its command is given to
+    ):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
         env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        flags = [f"--coordinator=127.0.0.1:{port}", f"--processes={n}"]
+        flags = [f"--coordinator={at}:{port}", f"--processes={n}"]
         self.said = [tempfile.TemporaryFile("w+") for _ in range(n)]  # noqa: SIM115 -- closed by end
         self.all = [
             subprocess.Popen(
-                [sys.executable, *command, *flags, f"--process={i}"],
+                [*(hosts[i] if hosts else []), sys.executable, *command, *flags, f"--process={i}"],
                 stdout=said,
                 stderr=said,
                 env=env,
