@@ -10,7 +10,8 @@ import pytest
 import tiny
 from jax.tree_util import tree_leaves_with_path
 
-from jaxcompute.models import cnn, lenet, mlp, norm, pooling, resnet
+from jaxcompute import flops
+from jaxcompute.models import cnn, conv, lenet, mlp, norm, pooling, resnet
 
 SMALL = {
     "mlp": mlp.MLP((8, 8), classes=3),
@@ -170,6 +171,65 @@ def test_max_pool_is_linens_in_every_bit_with_ties_and_odd_sizes(shape, dtype):
 def test_max_pool_hides_no_nan():
     windows = jnp.where(jnp.eye(4, dtype=bool), jnp.nan, jnp.arange(4.0)).reshape(4, 2, 2, 1)
     assert jnp.isnan(pooling.max_pool(windows)).all()
+
+
+@pytest.mark.parametrize(
+    ("window", "padding", "strides", "dtype", "rtol"),
+    [
+        ((3, 3), "SAME", 1, jnp.float32, 2e-6),
+        ((3, 2), ((0, 2), (1, 0)), 1, jnp.float32, 2e-6),
+        ((5, 3), "VALID", 1, jnp.float32, 2e-6),
+        ((1, 1), 0, 1, jnp.float32, 2e-6),
+        ((3, 3), 1, 1, jnp.bfloat16, 1e-2),
+        ((3, 3), 1, 2, jnp.float32, 0),  # not by rows
+    ],
+)
+def test_conv_is_linens_and_its_gradient_by_rows_too(window, padding, strides, dtype, rtol, monkeypatch):
+    calls = []
+    by_rows = conv.by_rows
+    monkeypatch.setattr(conv, "by_rows", lambda *args: calls.append(args) or by_rows(*args))
+    monkeypatch.setattr(conv, "one_cpu", lambda: True)
+    monkeypatch.setattr(conv, "TILE", 20_000)  # some examples at a time, of the six
+    rng = np.random.default_rng(0)
+    x, variables = jnp.asarray(rng.normal(size=(6, 7, 5, 16)), dtype), None
+    found = []
+    for more in ({}, {"conv_general_dilated": conv.conv}):
+        layer = nn.Conv(32, window, strides, padding, **more)
+        variables = variables or jax.tree.map(lambda a: a.astype(dtype), layer.init(jax.random.key(0), x))
+
+        @jax.jit
+        def run(variables, x, layer=layer):
+            y, pull = jax.vjp(layer.apply, variables, x)
+            return y, pull(jnp.cos(y))
+
+        found.append(run(variables, x))
+    assert len(calls) == (strides == 1)
+    (y, (dv, dx)), (own_y, (own_dv, own_dx)) = found
+    np.testing.assert_array_equal(own_y, y)
+    np.testing.assert_array_equal(own_dx, dx)
+    for a, b in zip(jax.tree.leaves(own_dv), jax.tree.leaves(dv), strict=True):
+        assert a.dtype == dtype
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
+
+
+@pytest.mark.parametrize("model", [cnn.CNN((16, 16), (8,), classes=3), resnet.ResNet((1,), width=16, classes=3)])
+def test_a_step_by_rows_is_the_plain_one_with_as_many_flops(model, monkeypatch):
+    image = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+    variables = jax.jit(model.init)(jax.random.key(0), image)
+
+    def loss(params, image):
+        logits, _ = model.apply({**variables, "params": params}, image, True, mutable=["batch_stats"])
+        return (logits**2).sum()
+
+    gradients, counts = [], []
+    for rows in (False, True):
+        monkeypatch.setattr(conv, "one_cpu", lambda rows=rows: rows)
+        traced = jax.jit(jax.grad(lambda params, image: loss(params, image))).trace(variables["params"], image)
+        counts.append(flops.count(traced.jaxpr.jaxpr))
+        gradients.append(traced.lower().compile()(variables["params"], image))
+    assert counts[0] == counts[1]
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *gradients)
 
 
 def normed(module: type[nn.Module], dtype, *, train: bool, x, cotangent):

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 
+from .conv import conv
 from .norm import BatchNorm
 from .pooling import max_pool
 
@@ -20,7 +21,7 @@ class CNN(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """[B, H, W, C] floats to logits [B, classes]; H and W at least 2 ** len(features)."""
         for features in self.features:
-            x = nn.Conv(features, (3, 3), use_bias=not self.norm)(x)
+            x = nn.Conv(features, (3, 3), use_bias=not self.norm, conv_general_dilated=conv)(x)
             if self.norm:
                 x = BatchNorm(use_running_average=not train, momentum=0.9)(x)
             x = max_pool(nn.relu(x))

@@ -17,13 +17,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from .conv import conv
 from .norm import BatchNorm
 
-Conv3x3 = partial(nn.Conv, kernel_size=(3, 3), padding=1, use_bias=False, kernel_init=nn.initializers.he_normal())
-Conv1x1 = partial(nn.Conv, kernel_size=(1, 1), padding=0, use_bias=False, kernel_init=nn.initializers.he_normal())
-Conv7x7 = partial(
-    nn.Conv, kernel_size=(7, 7), strides=2, padding=3, use_bias=False, kernel_init=nn.initializers.he_normal()
-)
+Conv = partial(nn.Conv, use_bias=False, kernel_init=nn.initializers.he_normal(), conv_general_dilated=conv)
+Conv3x3 = partial(Conv, kernel_size=(3, 3), padding=1)
+Conv1x1 = partial(Conv, kernel_size=(1, 1), padding=0)
+Conv7x7 = partial(Conv, kernel_size=(7, 7), strides=2, padding=3)
 Norm = partial(BatchNorm, momentum=0.9)
 
 
