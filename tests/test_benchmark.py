@@ -52,6 +52,15 @@ def test_the_table_says_what_is_known_and_no_more():
     assert "serial share of 25.0%: at most 4.0x" in benchmark.text(two)
 
 
+def test_a_measured_roof_is_the_higher_of_two_and_shares_are_of_it():
+    again = benchmark.Roofs({"float32": 2e11, "bfloat16": 1e11}, 4e10, "made up")
+    best = benchmark.higher(ROOFS, again)
+    assert best == benchmark.Roofs({"float32": 2e11, "bfloat16": 2e11}, 4e10, "made up")
+    found = benchmark.below(point(8.0), ROOFS, best)
+    assert (found.mfu, found.bandwidth) == (0.2, 0.05)
+    assert benchmark.below(found._replace(mfu=None, bandwidth=None), ROOFS, best).mfu is None
+
+
 def test_a_real_step_is_measured_over_the_grid(monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "roofs", lambda: ROOFS)
     monkeypatch.setattr(benchmark.jax, "devices", lambda all=benchmark.jax.devices: all()[:2])

@@ -270,6 +270,13 @@ def test_every_row_has_been_seen_to_fail():
     assert set(judged(HEALTHY)) == {row for _, row, _, _ in FAULTS.values()}
 
 
+def test_where_jax_did_not_start_nothing_was_measured_and_the_rows_say_so():
+    rows = judged(planted(jax_error="broken", ceilings=None, platform=None, devices=()))
+    measured = [rows[name] for name in ("matmul", "convolution", "memory", "host to device")]
+    assert all(row.verdict == "fail" and "jax did not start" in row.seen and row.mend for row in measured)
+    assert rows["all-reduce"].verdict == "pass"  # nothing that could have been
+
+
 def test_rows_that_need_a_gpu_say_so_where_there_is_none():
     silent = {"CUDA plugin", "driver", "CUDA libraries", "GPU memory", "clocks"}
     assert {name for name, check in judged(without_gpu()).items() if check.seen == doctor.NO_GPU} == silent

@@ -50,35 +50,8 @@ def test_models_against_a_count_by_hand(model, image, forward, first):
     assert of_training(model, *image) == pytest.approx(2 * (3 * forward - first) / 1e9, rel=1e-6)
 
 
-class Bottleneck(nn.Module):
-    """Of ResNet-50, its stride in the 3x3."""
-
-    features: int
-    stride: int
-
-    @nn.compact
-    def __call__(self, x):
-        y = nn.Conv(self.features, (1, 1), use_bias=False)(x)
-        y = nn.Conv(self.features, (3, 3), self.stride, padding=1, use_bias=False)(y)
-        y = nn.Conv(4 * self.features, (1, 1), use_bias=False)(y)
-        if x.shape != y.shape:
-            x = nn.Conv(4 * self.features, (1, 1), self.stride, use_bias=False)(x)
-        return x + y
-
-
-class ResNet50(nn.Module):
-    @nn.compact
-    def __call__(self, x, train=False):
-        x = nn.Conv(64, (7, 7), 2, padding=3, use_bias=False)(x)
-        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        for stage, blocks in enumerate((3, 4, 6, 3)):
-            for block in range(blocks):
-                x = Bottleneck(64 * 2**stage, 2 if stage and not block else 1)(x)
-        return nn.Dense(1000)(x.mean((1, 2)))
-
-
 def test_resnet50_is_24_6_gflop_an_image():
-    assert of_training(ResNet50(), 224, 224, 3) == pytest.approx(24.6, rel=0.02)
+    assert of_training(resnet.LargeResNet50(), 224, 224, 3) == pytest.approx(24.6, rel=0.02)
 
 
 def test_a_grouped_convolution_its_gradients_count_thrice():

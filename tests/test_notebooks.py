@@ -8,7 +8,14 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 # Said in the kernel after the last cell of a notebook.
-CLAIMS = {"quickstart": 'assert results["accuracy"] > 0.97 and results["confusion"].sum() == 359, results'}
+CLAIMS = {
+    "quickstart": 'assert results["accuracy"] > 0.97 and results["confusion"].sum() == 359, results',
+    "compute": """
+serial, jit = found.ladder[:2]
+assert found.devices == 2 and jit.examples_per_sec > 10 * serial.examples_per_sec, found
+assert any("Conv_1" in spot.name and roof.bound(spot) == "arithmetic" for spot in roof.spots), roof
+""",
+}
 
 
 def outputs(notebook: nbformat.NotebookNode, cell: str) -> list[nbformat.NotebookNode]:

@@ -28,6 +28,7 @@ from jaxcompute.core import Experiment
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MEASURED = "measured here"
 Precision = Literal["float32", "tensorfloat32", "bfloat16"]
 
 
@@ -238,7 +239,7 @@ def _cost(call: jax.stages.Compiled, name: str) -> float | None:
     return (found or {}).get(name)
 
 
-def roofs(seconds: float = 3.0) -> Roofs:
+def roofs(seconds: float = 2.0) -> Roofs:
     """Of the first device: its datasheet's, else as measured."""
     device = jax.devices()[0]
     chip = peaks.chip(device.device_kind)
@@ -251,7 +252,23 @@ def roofs(seconds: float = 3.0) -> Roofs:
         return Roofs({name: rate for name, rate in flops.items() if rate}, chip.bandwidth, chip.source)
     found = ceilings.measure(seconds, [device])
     flops = {"float32": found.float32, "tensorfloat32": found.tensorfloat32, "bfloat16": found.bfloat16}
-    return Roofs({name: rate for name, rate in flops.items() if rate}, found.bandwidth, "measured here")
+    return Roofs({name: rate for name, rate in flops.items() if rate}, found.bandwidth, MEASURED)
+
+
+def higher(one: Roofs, other: Roofs) -> Roofs:
+    """Of two measurements the better: what else the machine does can lower a ceiling, and nothing raises one."""
+    flops = {name: max(rate, other.flops[name]) for name, rate in one.flops.items()}
+    return Roofs(flops, max(one.bandwidth, other.bandwidth), one.source)
+
+
+def below(point: Point, before: Roofs, roofs: Roofs) -> Point:
+    """The point with its shares of other roofs."""
+    kind = point.setting.precision
+    mfu, bandwidth = point.mfu, point.bandwidth
+    return point._replace(
+        mfu=None if mfu is None else mfu * before.flops[kind] / roofs.flops[kind],
+        bandwidth=None if bandwidth is None else bandwidth * before.bandwidth / roofs.bandwidth,
+    )
 
 
 def run(
@@ -298,8 +315,21 @@ def run(
         several = [n for n in counts(total) if batch % (n * exp.config.accumulate) == 0]
         strong = [point(Setting(fastest, batch, n)) for n in several]
         weak = [point(Setting(fastest, batch * n, n)) for n in counts(total)]
-    name = type(exp.config).__module__.rpartition(".")[2]
-    return Benchmark(name, device.device_kind, total, top, ladder, batches, strong, weak, amdahl(strong))
+    found = Benchmark(
+        experiment=type(exp.config).__module__.rpartition(".")[2],
+        device=device.device_kind,
+        devices=total,
+        roofs=higher(top, roofs()) if top.source == MEASURED else top,
+        ladder=ladder,
+        batches=batches,
+        strong=strong,
+        weak=weak,
+        serial_share=amdahl(strong),
+    )
+    parts = ("ladder", "batches", "strong", "weak")
+    return found._replace(
+        **{part: [below(point, top, found.roofs) for point in getattr(found, part)] for part in parts}
+    )
 
 
 def amdahl(strong: Sequence[Point]) -> float | None:
@@ -475,7 +505,8 @@ def _draw_batches(axes: Any, points: Sequence[Point]) -> None:
         if p.mfu is not None:
             place = (p.setting.batch_size, p.examples_per_sec)
             label = _share(p.mfu) + " of peak"
-            axes.annotate(label, place, (-4, 7), textcoords="offset points", ha="right", fontsize=8)
+            style = {"ha": "center", "fontsize": 8, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5}}
+            axes.annotate(label, place, (0, 9), textcoords="offset points", **style)
     axes.set_title(f"Batch size, {points[0].setting.precision}, one device", fontsize=11)
     axes.set_xlabel("examples a step")
     axes.yaxis.set_major_formatter(lambda value, _: log.quantity(value, ""))

@@ -268,8 +268,8 @@ def text(profile: Profile, most: int = 12) -> str:
 
     def rows(pairs: Sequence[tuple[str, float]]) -> list[tuple[str, str, str]]:
         shown = [(name, f"{ms:.3g}", f"{ms / total:.1%}") for name, ms in pairs[:most]]
-        rest = sum(ms for _, ms in pairs[most:])
-        return shown + ([(f"{len(pairs) - most} others", f"{rest:.3g}", f"{rest / total:.1%}")] if rest else [])
+        rest, more = sum(ms for _, ms in pairs[most:]), len(pairs) - most
+        return shown + ([(f"{more} more", f"{rest:.3g}", f"{rest / total:.1%}")] if rest else [])
 
     top = [
         (op.name, op.kind, op.place, f"{op.runs:.3g}", f"{op.ms:.3g}", f"{op.ms / total:.1%}")

@@ -120,6 +120,7 @@ def to_json(found: Roofline) -> dict[str, Any]:
 
 
 INK, RED = "#333333", "#c23b3b"
+WHITE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}  # behind words
 COLORS: dict[Bound, str] = {"arithmetic": "#2f6db3", "memory": "#d9822b", "overhead": "#9aa3ad"}
 MEANS: dict[Bound, str] = {
     "arithmetic": "bounded by arithmetic",
@@ -151,7 +152,7 @@ def draw(axes: Any, found: Roofline) -> None:
     axes.axvline(ridge, color=INK, linewidth=0.8, linestyle=":")
     peak, speed = log.quantity(found.peak, "FLOP/s"), log.quantity(found.bandwidth, "B/s")
     axes.text(right / 1.1, 1.12 * found.peak, f"the chip computes {peak} ({found.precision})", ha="right", fontsize=10)
-    axes.text(1.1 * left, 6 * left * found.bandwidth, f"its memory moves {speed}", fontsize=10)
+    axes.text(1.1 * left, 0.5 * found.peak, f"its memory moves {speed}:\nthe slope", va="center", fontsize=10)
     longest = max((spot.ms for spot in drawn), default=1.0)
     for number, spot in reversed(list(enumerate(drawn, 1))):
         place, color = (spot.intensity, _rate(spot)), COLORS[found.bound(spot)]
@@ -163,8 +164,8 @@ def draw(axes: Any, found: Roofline) -> None:
     axes.scatter(step.intensity, _rate(step), s=420, marker="*", color=RED, edgecolor="white", zorder=5)
     axes.plot([step.intensity] * 2, [_rate(step), found.roof(step)], color=RED, linewidth=1, linestyle="--", zorder=2)
     words = f"the whole step:\n{found.share(step):.0%} of its roof"
-    style = {"color": RED, "fontsize": 10, "ha": "right"}
-    axes.annotate(words, (step.intensity, _rate(step)), (-14, -26), textcoords="offset points", **style)
+    style = {"color": RED, "fontsize": 10, "bbox": WHITE, "zorder": 5}
+    axes.annotate(words, (step.intensity, _rate(step)), (12, -34), textcoords="offset points", **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
     low = 0.3 * min(_rate(spot) for spot in known)
