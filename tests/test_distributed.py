@@ -105,6 +105,9 @@ def test_batches_and_checkpoints_do_not_know_how_many_devices_and_processes_ther
 
     with np.load(tmp_path / "bits.npz") as file:
         two_processes = dict(file)
+    for precision, tolerance in (("float64", 1e-12), ("float32", 1e-6)):
+        one = worker.losses(precision, mesh_data=1)
+        np.testing.assert_allclose(two_processes.pop(precision), one, rtol=tolerance)
     for devices in (1, 2, 4):
         here = worker.augmented({"mesh_data": devices})
         assert here.keys() == two_processes.keys()

@@ -52,6 +52,25 @@ def split_run(folder: Path, **fields):
     return train.fit(dataclasses.replace(exp, classes=()), folder, say=lambda text: None, allow_changes=True)
 
 
+def losses(precision: str, **fields):
+    """Of each of 20 steps of an MLP."""
+    import jax
+    import numpy as np
+    import tiny
+
+    from jaxcompute import train
+
+    seen: dict[int, float] = {}
+
+    def write(at: int, values: dict[str, float]) -> None:
+        seen.update({at: values["train/loss"]} if "train/loss" in values else {})
+
+    with jax.enable_x64(precision == "float64"):
+        exp = tiny.mlp(steps=20, log_every=1, eval_every=20, precision=precision, **fields)
+        train.fit(exp, write=write, say=lambda text: None)
+    return np.array([seen[at] for at in range(1, 21)])
+
+
 def main() -> None:
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import jax
@@ -61,7 +80,7 @@ def main() -> None:
 
     folder, flags = Path(sys.argv[1]), [argument.partition("=")[2] for argument in sys.argv[2:]]
     distributed.start(flags[0], int(flags[1]), int(flags[2]))
-    bits = augmented({})
+    bits = augmented({}) | {precision: losses(precision) for precision in ("float64", "float32")}
     if jax.process_index() == 0:
         np.savez(folder / "bits.npz", **bits)
     state = split_run(folder / "new", mesh_fsdp=2)
