@@ -1,0 +1,156 @@
+"""What does the training loop cost? The loop beside its bare compiled call, and what gather and augmentation take.
+
+    python benchmarks/loop.py
+
+Bare: the loop's own compiled call, dispatched some hundred times in a row, and nothing else. The loop: `train.fit` with
+metrics, a log line every 50 steps (of digits_mlp every 100, its default), its progress display, files and checkpoints
+in a work directory; time is taken from log period to log period, between two evaluations. Both run by turns in one
+process, pinned to a core; CPU time counts, that of all threads. Gather and augmentation are timed as a program of their
+own: inside the step some of it is fused away.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import importlib
+import io
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+CORE = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+SIZES = {"digits_mlp": 2000, "mlp_784": 200, "mnist_lenet": 300, "cifar_resnet": 20}  # steps of a turn
+
+
+class Loop(NamedTuple):
+    """Of one experiment; milliseconds a step are medians over the turns."""
+
+    experiment: str
+    batch_size: int
+    bare_ms: float
+    loop_ms: float
+    share: float  # bare over loop, median over the turns
+    low: float  # its quartiles
+    high: float
+    batch_ms: float  # gather and augmentation by themselves
+    batch_share: float  # of the bare call
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiments", default=",".join(SIZES))
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=0, help="of a turn; 0: as many as take some seconds")
+    parser.add_argument("--out", default=str(Path(__file__).parent / "results"))
+    options = parser.parse_args()
+
+    from benchmarks.side_by_side import facts
+    from jaxcompute import log
+
+    found = [measure(name, options) for name in options.experiments.split(",")]
+    rows = [
+        (
+            *(x.experiment, x.batch_size, f"{x.bare_ms:.3g}", f"{x.loop_ms:.3g}", f"{x.share:.1%}"),
+            *(f"{x.low:.1%} to {x.high:.1%}", f"{x.batch_ms:.3g}", f"{x.batch_share:.1%}"),
+        )
+        for x in found
+    ]
+    headers = (
+        "experiment",
+        "batch",
+        "bare, ms",
+        "loop, ms",
+        "share",
+        "quartiles",
+        "gather, augment, ms",
+        "of the call",
+    )
+    print(log.table(rows, headers))
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    told = {"device": facts()[0], "turns": options.turns, "loops": [x._asdict() for x in found]}
+    log.write_json(out / f"loop-{datetime.date.today()}.json", log.describe({}, **told))
+
+
+def experiment(name: str, steps: int) -> Any:
+    """With evaluations and saves of its own period cut out of a turn, which is shorter."""
+    if name == "mlp_784":
+        from benchmarks import side_by_side
+
+        exp = side_by_side.experiment("mlp", "float32")
+        config = dataclasses.replace(exp.config, steps=steps, eval_every=10**9)
+        return dataclasses.replace(exp, config=config, steps=steps)
+    module = importlib.import_module(f"experiments.{name}")
+    return module.experiment(module.Config(steps=steps, eval_every=10**9, mesh_data=1))
+
+
+def measure(name: str, options: argparse.Namespace) -> Loop:
+    import jax
+    import jax.numpy as jnp
+
+    from jaxcompute import log, sharding, train
+
+    steps = options.steps or SIZES[name]
+    exp = experiment(name, steps)
+    mesh = sharding.make_mesh(exp.config)
+    program = train.compile(train.resolve(exp, mesh), mesh)
+    exp, clock = program.exp, time.process_time if jax.default_backend() == "cpu" else time.perf_counter
+    held = [program.init(), program.sums()]
+    count = exp.config.steps_per_call
+    call = program.steps(count)
+
+    def bare() -> float:
+        began = clock()
+        for at in range(0, steps, count):
+            held[:] = call(*held, program.feed(at))
+        jax.block_until_ready(held)
+        return (clock() - began) / steps
+
+    every = min(exp.config.log_every, steps // 4)
+    exp = dataclasses.replace(exp, config=dataclasses.replace(exp.config, log_every=every))
+
+    def loop() -> float:
+        """From log period to log period; the evaluation that ends the run comes after them."""
+        marks: list[tuple[int, float]] = []
+        show, _ = log.console(exp.steps, io.StringIO())
+
+        def write(at: int, values: dict[str, float]) -> None:
+            show(at, values, 0.0)
+            if "train/loss" in values:
+                marks.append((at, clock()))
+
+        with tempfile.TemporaryDirectory() as folder:
+            train.fit(exp, Path(folder), mesh, write, say=lambda text: None)
+        return statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(marks))
+
+    key = jax.random.key(0)
+    prepare = jax.jit(lambda feed, at: exp.prepare(exp.train.batch(feed, at), key, True))
+
+    def batch() -> float:
+        began, some = clock(), max(5, steps // 10)
+        for at in range(some):
+            result = prepare(program.feed(at), jnp.int32(at))
+            jax.block_until_ready(result)
+        return (clock() - began) / some
+
+    turns = [(bare(), loop(), batch()) for _ in range(options.turns + 1)][1:]
+    shares = [a / b for a, b, _ in turns]
+    low, share, high = statistics.quantiles(shares, n=4) if len(shares) > 1 else shares * 3
+    bare_s, loop_s, batch_s = (statistics.median(column) for column in zip(*turns, strict=True))
+    milliseconds = (1e3 * bare_s, 1e3 * loop_s, share, low, high, 1e3 * batch_s)
+    found = Loop(name, exp.config.batch_size, *milliseconds, batch_s / bare_s)
+    print(found, flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    if CORE is not None:
+        os.sched_setaffinity(0, {CORE})
+    main()
