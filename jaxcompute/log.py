@@ -50,16 +50,17 @@ def lock(workdir: Path) -> Iterator[None]:
             if file.exists() and os.path.samestat(file.stat(), os.fstat(held.fileno())):
                 break
             held.close()  # its holder was just ending and has taken the name away
+        held.truncate(0)
+        held.write(f"process {os.getpid()} on {socket.gethostname()}")
+        held.flush()
     except BlockingIOError:
         raise _in_use(file) from None
     except OSError as error:
         raise BadInput(f"--workdir={workdir}: {error.strerror}; give a folder that can be written") from None
     with held:
-        held.truncate(0)
-        held.write(f"process {os.getpid()} on {socket.gethostname()}")
-        held.flush()
-        for part in workdir.glob(".*.[0-9]*"):  # of a write that a kill cut off
-            part.unlink()
+        for name in ("config.json", "status.json", "evaluation.json", "metrics.jsonl"):
+            for part in workdir.glob(f".{name}.[0-9]*"):  # of a write that a kill cut off
+                part.unlink()
         try:
             yield
         finally:
@@ -72,7 +73,7 @@ def lock(workdir: Path) -> Iterator[None]:
 def check_free(workdir: Path) -> None:
     """Raises BadInput where another run holds it; takes nothing, so that `lock` may still find it held."""
     file = workdir / ".lock"
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError), file.open("rb") as held:
+    with contextlib.suppress(OSError), file.open("rb") as held:  # what cannot be opened, `lock` tells of
         try:
             fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

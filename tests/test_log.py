@@ -263,3 +263,16 @@ def test_parameter_table_of_abstract_parameters():
         ["/", "scale scalar", "1", "2"],
         ["total", "2,081", "8,322"],
     ]
+
+
+def test_a_run_takes_away_its_own_rubbish_and_nothing_else(tmp_path: Path):
+    own, others = (
+        [".status.json.123", ".metrics.jsonl.9"],
+        [".zcompdump-5.8.1", ".vimrc.2020", ".env.json.7", ".venv.3"],
+    )
+    for name in [*own, *others[:-1]]:
+        (tmp_path / name).touch()
+    (tmp_path / others[-1]).mkdir()
+    with log.lock(tmp_path):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
