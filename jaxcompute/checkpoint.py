@@ -144,11 +144,17 @@ def restore_newest(directory: Directory, like: PyTree, say: Callable[[str], None
     Each damaged step on the way is named through `say`.
 
     Raises:
-        BadInput: the newest whole step does not fit `like`, or the directory is none.
+        BadInput: the newest whole step does not fit `like`, or the directory cannot be read.
         Damaged: there are checkpoints and none is whole; names the newest's damage.
     """
-    if Path(directory).exists() and not Path(directory).is_dir():
-        raise BadInput(f"{directory} is no folder; move it away, or take another work directory")
+    try:
+        os.listdir(directory)
+    except NotADirectoryError:
+        raise BadInput(f"{directory} is no folder; move it away, or take another work directory") from None
+    except OSError as error:  # a glob would find nothing there, and the run would begin anew
+        if os.path.lexists(directory) or not isinstance(error, FileNotFoundError):
+            mend = "mend it, or take another work directory"
+            raise BadInput(f"{directory} cannot be read: {error.strerror}; {mend}") from None
     return _restore_first(directory, steps(directory)[::-1], like, say)
 
 

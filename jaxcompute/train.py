@@ -432,6 +432,10 @@ def claim(workdir: Path, exp: Experiment, allow_changes: bool) -> None:
         if there := checkpoint.steps(workdir / "checkpoints"):
             mend = "bring it back, or take another --workdir"
             raise BadInput(f"{workdir} has a checkpoint of step {there[-1]} and no config.json: {mend}")
+        if foreign := [path.name for what in ("metrics.*", "events.out.tfevents.*") for path in workdir.glob(what)]:
+            raise BadInput(
+                f"{workdir} has a {foreign[0]} and no config.json, so it is of no run: take another --workdir"
+            )
         return
     if saved.get("experiment") != name:
         raise BadInput(f"{workdir} holds a run of {saved.get('experiment')}, not of {name}: take another --workdir")
@@ -441,6 +445,14 @@ def claim(workdir: Path, exp: Experiment, allow_changes: bool) -> None:
         changes = ", ".join(f"{name} was {old.get(name)} and is {config.get(name)}" for name in differ)
         mend = "--allow_changes goes on with it, or " if FREE.issuperset(differ) else ""
         raise BadInput(f"{workdir} holds a run of another config: {changes}; {mend}take another --workdir")
+
+
+def refuse_to_lose(workdir: Path) -> None:
+    """Raises BadInput where a run ended well and its checkpoints are gone: begun anew, it would lose its log too."""
+    status = log.read_status(workdir)
+    if status.get("state") in ("done", "preempted") and status.get("step"):
+        lost = f"{workdir} holds a run that was saved at step {status['step']}, and its checkpoints are gone"
+        raise BadInput(f"{lost}: bring them back, or take another --workdir")
 
 
 def running(workdir: Path) -> bool:
@@ -535,6 +547,8 @@ def loop(
     with distributed.together():
         program = compile(exp, mesh)
         found = checkpoint.restore_newest(workdir / "checkpoints", program.abstract, say) if workdir else None
+        if workdir and found is None:
+            refuse_to_lose(workdir)
     at, state, sums = restart(program, workdir, found, say)
     owed = evaluation_owed(workdir, at)
     run = fingerprint(program) if workdir else {}

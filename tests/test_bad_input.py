@@ -59,7 +59,12 @@ def cut_short(here: Path) -> None:
 
 def text(path: str, content: str = "") -> Spoil:
     """A file in the working folder."""
-    return lambda here: (here / path).write_text(content)
+
+    def spoil(here: Path) -> None:
+        (here / path).parent.mkdir(parents=True, exist_ok=True)
+        (here / path).write_text(content)
+
+    return spoil
 
 
 def edit_json(path: str, **values: object) -> Spoil:
@@ -287,6 +292,12 @@ WORKDIRS = [  # of a run that ended at step 4, with checkpoints of steps 2 and 4
     (RUN + "--mode=evaluate", "no checkpoint", each_checkpoint(lambda step: (step / "manifest.json").unlink())),
     (RUN + "--config.ema=0.5", "step 4 no config.json bring", without_config),
     ("--experiment=digits_mlp --workdir=run", "step 4 no config.json bring", without_config),
+    (RUN, "step 4 checkpoints gone bring", lambda here: shutil.rmtree(here / "run/checkpoints")),
+    (RUN, "run/checkpoints cannot be read", replaced("run/checkpoints", lambda at: at.symlink_to("unmounted"))),
+    (RUN.replace("=run", "=mine"), "mine metrics.jsonl no config.json", text("mine/metrics.jsonl", "{}")),
+    (RUN.replace("=run", "=mine"), "mine events.out.tfevents.1 no run", text("mine/events.out.tfevents.1")),
+    (RUN.replace("=run", f"={'a' * 300}"), "aaa too long"),
+    (RUN.replace("=run", "=lock"), "lock Is a directory", lambda here: (here / "lock/.lock").mkdir(parents=True)),
 ]
 SWEEPS = [
     (XOR + "--sweep=speed=1,2", "speed no field"),
