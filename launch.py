@@ -30,7 +30,6 @@ from jaxcompute import log
 from jaxcompute.errors import BadInput, Elsewhere
 
 ROOT = Path(__file__).parent / "experiments"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxcompute"
 
 flags.DEFINE_string("experiment", None, "name of a file of experiments/")
 flags.DEFINE_enum(
@@ -70,6 +69,8 @@ FLAGS = flags.FLAGS
 
 
 def main(argv: list[str]) -> None:
+    if FLAGS.workdir:
+        FLAGS.workdir = os.path.expanduser(FLAGS.workdir)  # no shell does in --workdir=~/runs
     if FLAGS.data_dir:
         os.environ["JAXCOMPUTE_DATA_DIR"] = FLAGS.data_dir
     if FLAGS.mode == "doctor":
@@ -114,7 +115,7 @@ def main(argv: list[str]) -> None:
             workdir /= grid.name(point)
             config = configs.replace(configs.from_flags(module.Config, config_of(workdir, module.Config)), point)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_enable_x64", config.precision == "float64")
 
@@ -130,15 +131,24 @@ def main(argv: list[str]) -> None:
     modes[FLAGS.mode](exp, workdir)
 
 
+def cache() -> Path:
+    """Where what was compiled is kept."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxcompute" / "xla"
+    except RuntimeError:  # a container's user, say
+        raise BadInput("this user has no home folder: set XDG_CACHE_HOME to a folder for caches") from None
+
+
 def doctor() -> NoReturn:
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache())
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     from jaxcompute.compute import doctor
     from jaxcompute.data import sources
 
     logging.set_verbosity(logging.WARNING)
-    cache = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-    sys.exit(doctor.run(cache, Path(FLAGS.workdir or "runs"), sources.data_dir(), FLAGS.json))
+    compiled = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    sys.exit(doctor.run(compiled, Path(FLAGS.workdir or "runs"), sources.data_dir(), FLAGS.json))
 
 
 def config_of(workdir: Path, cls: type):

@@ -202,3 +202,8 @@ def test_no_secret_of_the_environment_is_left_in_a_run(tmp_path):
     assert b"planted-secret" not in ran.stdout + ran.stderr
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or b"planted-secret" not in file.read_bytes()
+
+
+def test_home_stands_for_itself_in_a_workdir(launcher, tmp_path):
+    ended = launcher("--experiment=sigmoid_mlp", "--workdir=~/run", "--mode=evaluate", cwd=tmp_path, HOME="/home/none")
+    assert "no checkpoint in /home/none/run/checkpoints" in ended.err

@@ -54,8 +54,15 @@ class Dataset:
 def data_dir() -> Path:
     """JAXCOMPUTE_DATA_DIR, else a folder in the user's cache."""
     if given := os.environ.get("JAXCOMPUTE_DATA_DIR"):
+        return _path(given)
+    return _path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jaxcompute" / "data"
+
+
+def _path(given: str | Path) -> Path:
+    try:
         return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxcompute" / "data"
+    except RuntimeError:  # a container's user, say
+        raise BadInput(f"{given}: there is no such home folder; give another, or set HOME") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,7 +156,7 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
     """
     if name not in _SETS:
         raise BadInput(f"no data set '{name}'; there are {', '.join(_SETS)}")
-    root = Path(root).expanduser() if root else data_dir()
+    root = _path(root) if root else data_dir()
     if root.exists() and not root.is_dir():
         raise BadInput(f"{root} is no folder; give another --data_dir")
     cache = root / "jaxcompute" / f"{name}.npz"
@@ -500,7 +507,7 @@ def prepared(name: str, root: str | Path | None = None) -> tuple[dict[str, Split
         BadInput: it is not there, is stored in another format, or has no image and label; archives that are missing,
             cut short or of another set; a folder that cannot be written.
     """
-    root = Path(root).expanduser() if root else data_dir()
+    root = _path(root) if root else data_dir()
     if name == "imagenet2012" and not _prepared(name, root):
         archives = _imagenet_archives(root)
         try:
@@ -749,7 +756,7 @@ def files(train_dir: str | Path, eval_dir: str | Path) -> tuple[Files, Files, tu
 
 def _listing(given: str | Path) -> dict[str, list[Path]]:
     """Class -> its images, both by name."""
-    root = Path(given).expanduser()
+    root = _path(given)
     if not str(given) or not root.is_dir():
         raise BadInput(f"'{given}' is no folder; give one that holds a sub-folder of images for each class")
     try:
