@@ -4,8 +4,9 @@
     <directory>/<step>/manifest.json    what was saved, and the SHA-256 of every file
 
 A step exists if and only if it stands under its final name: everything is written and synced in `.tmp-*`, then one
-rename commits it. Pruning renames to `.trash-*` before it deletes. So whatever is listed is whole, and what a killed
-run left behind is never taken for a checkpoint. One process at a time may save in a directory; any may read.
+rename commits it. Pruning renames to `.trash-*` before it deletes, and a step that is saved again is `.old-*` until the
+new one stands. So whatever is listed is whole, and what a killed run left behind is never taken for a checkpoint. One
+process at a time may save in a directory; any may read.
 
 Nothing is trusted on the way back: files are hashed before Orbax sees them, and the arrays it returns are hashed
 again, so a restored State equals the saved one in every bit or is refused by name.
@@ -38,6 +39,7 @@ from jaxcompute.errors import BadInput
 
 Rank = tuple[str, Literal["max", "min"]]  # which metric ranks checkpoints, and which way
 Directory = str | os.PathLike[str]  # of all the checkpoints of one run
+OLD = ".old-"  # before a step's number: the one that is being replaced
 
 
 class Damaged(BadInput):
@@ -352,7 +354,16 @@ class Saver:
 
 
 def clean(directory: Directory) -> None:
-    """Delete what killed runs left half-written or half-deleted. Only for the one process that saves here."""
+    """Delete what killed runs left half-written or half-deleted. Only for the one process that saves here.
+
+    A step that was being replaced, and the new one not yet in its place, is put back first.
+    """
+    for old in Path(directory).glob(f"{OLD}*"):
+        final = old.with_name(old.name.removeprefix(OLD))
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, final)
     for pattern in (".tmp-*", ".trash-*"):
         for path in Path(directory).glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
@@ -386,11 +397,13 @@ def _write(temporary: Path, arrays: dict[str, np.ndarray], content: dict[str, An
 def _commit(temporary: Path, final: Path) -> None:
     for path in [temporary, *temporary.rglob("*/")]:
         _sync(path)
-    trash = _discard(final) if final.exists() else None  # damaged and passed over, or saved twice at one step
+    old = final.with_name(f"{OLD}{final.name}")
+    if final.exists():  # damaged and passed over, or saved twice at one step
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
     os.rename(temporary, final)
     _sync(final.parent)
-    if trash:
-        shutil.rmtree(trash, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _discard(step: Path) -> Path:

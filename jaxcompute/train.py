@@ -381,6 +381,8 @@ def fit(
             exp = resolve(exp, mesh)
             if workdir:
                 claim(workdir, exp, allow_changes)
+            if home:
+                checkpoint.clean(home / "checkpoints")
 
         def ended(kind: Literal["done", "preempted", "failed"], at: int, why: object = "") -> str:
             """The digest of the State that is saved at this step."""

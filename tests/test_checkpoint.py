@@ -204,6 +204,28 @@ def test_what_a_kill_leaves_behind_is_not_listed_and_goes(tmp_path):
     assert checkpoint.steps(tmp_path / "absent") == []
 
 
+def test_a_kill_between_the_old_and_the_new_of_one_step_loses_neither(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def rename(source, to, real=os.rename):
+        if Path(to) == tmp_path / "1" and ".tmp-" in Path(source).name:
+            raise Killed
+        real(source, to)
+
+    save(tmp_path, make_state(1))
+    digest = checkpoint.manifest(tmp_path, 1)["digest"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "rename", rename)
+        save(tmp_path, make_state(1))
+    assert checkpoint.steps(tmp_path) == []
+    checkpoint.clean(tmp_path)
+    assert checkpoint.steps(tmp_path) == [1]
+    assert checkpoint.manifest(tmp_path, 1)["digest"] == digest
+    save(tmp_path, make_state(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
 def test_a_flipped_bit_or_a_cut_in_any_file_is_named_and_passed_over(tmp_path):
     save(tmp_path, make_state(1), make_state(2))
     shape, said = like(make_state()), []
