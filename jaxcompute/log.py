@@ -225,15 +225,22 @@ def _events(workdir: Path, say: Callable[[str], None]) -> Iterator[Callable[[int
 # -- status.json and config.json ---------------------------------------------------------------------------------------
 
 
-def write_json(file: Path, value: Any) -> None:
+def write_json(file: Path, value: Any, sync: bool = False) -> None:
     """Whole or not at all: a reader never sees half a file."""
-    replace_file(file, json.dumps(value, indent=2) + "\n")
+    replace_file(file, json.dumps(value, indent=2) + "\n", sync)
 
 
-def replace_file(file: Path, content: str) -> None:
-    """Write text so that a reader sees the old file or the new one, never half of one."""
+def replace_file(file: Path, content: str, sync: bool = False) -> None:
+    """Write text so that a reader sees the old file or the new one, never half of one.
+
+    With sync it does so after a power cut too; else it may then see an empty one.
+    """
     part = file.with_name(f".{file.name}.{os.getpid()}")
-    part.write_text(content, encoding="utf-8")
+    with part.open("w", encoding="utf-8") as written:
+        written.write(content)
+        if sync:
+            written.flush()
+            os.fsync(written.fileno())
     part.replace(file)
 
 

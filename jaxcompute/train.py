@@ -405,8 +405,9 @@ def fit(
             if not isinstance(error, BadInput | Elsewhere) or (home and running(home)):  # else nothing ran
                 broken(error)
             raise
-        if digest := ended("done", exp.steps):
-            say(f"State of step {exp.steps:,}: {digest}")
+        at = int(jax.device_get(state.step))  # beyond the last, where a run was made shorter than it is
+        if digest := ended("done", at):
+            say(f"State of step {at:,}: {digest}")
         return state
 
 
@@ -495,7 +496,8 @@ def leave_config(workdir: Path, exp: Experiment, mesh: jax.sharding.Mesh, run: M
     saved = log.read_config(workdir)
     if saved is None or anew or saved["config"] != _plain(exp.config):
         facts = {"experiment": _name(exp), **_devices(mesh), "fingerprint": run}
-        log.write_json(workdir / "config.json", log.describe(_plain(exp.config), **facts))
+        # as durable as the checkpoints, which are nothing without it; `Saver` syncs the folder
+        log.write_json(workdir / "config.json", log.describe(_plain(exp.config), **facts), sync=True)
 
 
 def _devices(mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -589,16 +591,19 @@ def loop(
             if write:
                 write(at, values)
 
+        def spoiled(what: str) -> NoReturn:
+            if workdir:
+                try:
+                    keep_nonfinite(program, state, workdir / "nonfinite")
+                except OSError as error:
+                    say(str(error))
+            raise NonFinite(what)
+
         def checked(reached: int, sums: Metrics) -> Metrics:
             """A step that was not finite did not advance, so its sums reach less far."""
             if sums["step"].value != reached:
-                if workdir:
-                    try:
-                        keep_nonfinite(program, state, workdir / "nonfinite")
-                    except OSError as error:
-                        say(str(error))
                 bad = int(jax.device_get(state.step)) + 1
-                raise NonFinite(f"step {bad}: the loss or the gradient is not finite")
+                spoiled(f"step {bad}: the loss or the gradient is not finite")
             return sums
 
         def report() -> None:
@@ -632,7 +637,7 @@ def loop(
                 halt()
             scalars = {name: value for name, value in results.items() if isinstance(value, float)}
             if not np.isfinite(list(scalars.values())).all():  # the last step spoiled what it left
-                raise NonFinite(f"step {at}: the evaluation is not finite")
+                spoiled(f"step {at}: the evaluation is not finite")
             tell(at, {f"eval/{name}": value for name, value in scalars.items()})
             if home:
                 log.evaluation(home, at, results, exp.classes)
@@ -678,7 +683,9 @@ def loop(
 
 
 def keep_nonfinite(program: Program, state: State, folder: Path) -> None:
-    """Leaves what replay.py runs again: the last finite State as a checkpoint, and the batch of the step after it.
+    """Leaves what replay.py runs again: a State as a checkpoint, and the batch of the step after it.
+
+    It is the last finite State, or, where an evaluation told, the one that the evaluation was of.
 
     Raises:
         OSError: they could not be written.

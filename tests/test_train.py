@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -77,8 +78,12 @@ def test_a_resumed_run_equals_the_unbroken_one_in_every_bit(make, tmp_path):
     assert steps == [4, 6, 8, 12, 12]
 
 
-def test_every_file_of_the_work_directory(tmp_path):
+def test_every_file_of_the_work_directory(tmp_path, monkeypatch):
+    synced = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd))[1])
     fit(tiny.mlp(**on(1)), tmp_path)
+    assert any(Path(path).name.startswith(".config.json.") for path in synced)  # without it no checkpoint is resumed
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "metrics.jsonl", "metrics.csv", "status.json", "evaluation.json", "checkpoints"} <= names
     assert any(name.startswith("events.out.tfevents.") for name in names)
@@ -122,6 +127,10 @@ def test_a_run_goes_on_with_more_steps_or_another_mesh_only_where_that_is_meant(
     assert int(fit(longer, tmp_path, allow_changes=True).step) == 16
     assert json.loads((tmp_path / "config.json").read_text())["config"]["steps"] == 16
     assert 16 in log.read(tmp_path)
+    digest = log.read_status(tmp_path)["digest"]
+    fit(tiny.mlp(**on(2, steps=8)), tmp_path, allow_changes=True)  # there is no way back
+    assert {"step": 16, "digest": digest}.items() <= log.read_status(tmp_path).items()
+    fit(longer, tmp_path, allow_changes=True)
     with pytest.raises(BadInput, match=r"seed was 0 and is 3; take another --workdir"):
         fit(tiny.mlp(**on(2, steps=16, seed=3)), tmp_path, allow_changes=True)
 
@@ -229,6 +238,7 @@ def test_parameters_spoiled_by_the_last_step_are_not_saved(tmp_path):
     with pytest.raises(train.NonFinite, match="step 12"):
         fit(dataclasses.replace(tiny.mlp(**on(1)), train_step=train_step), tmp_path)
     assert checkpoint.steps(tmp_path / "checkpoints") == [6]
+    assert checkpoint.steps(tmp_path / "nonfinite") == [12]  # for --mode=replay, which the message advises
 
 
 @pytest.mark.parametrize(
