@@ -42,6 +42,9 @@ FREE |= {"mesh_data", "mesh_fsdp", "mesh_model"}
 
 
 STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1  # each asks a run to save and end
+# Calls in flight on several CPU devices: with more than 32 their collectives wait for one another, and after 40 s XLA
+# ends the process (jax 0.10.2).
+CPU_AHEAD = 16
 AHEAD = 2  # streamed batches that are on the devices before they are asked for, and calls dispatched before one is done
 
 
@@ -334,7 +337,7 @@ def evaluate(program: Program, state: State, signals: Sequence[int] = ()) -> dic
 
     {} where it was broken off, by a signal that came on the way.
     """
-    sums, ahead = program.eval_sums(), Ahead()
+    sums, ahead = program.eval_sums(), Ahead(most=in_flight(program.mesh))
     for at in range(program.exp.eval.steps):
         if signals:
             return {}
@@ -581,7 +584,7 @@ def loop(
     saver = checkpoint.Saver(workdir / "checkpoints", *rules) if workdir else contextlib.nullcontext()
     pending: list[tuple[int, float, Future[tuple[Metrics, Reading]]]] = []  # a log period the device may be working on
     since = at  # where sums begin
-    clock, ahead = Clock(program, at, instruments), Ahead()
+    clock, ahead = Clock(program, at, instruments), Ahead(most=in_flight(program.mesh))
     spent = log.read_status(home).get("kwh", 0.0) if home else 0.0  # before a kill
 
     with files as file, saver as saver, ThreadPoolExecutor(1, "metrics") as fetcher, contextlib.closing(program):
@@ -772,15 +775,21 @@ def announce(program: Program, at: int, instruments: Instruments, say: Callable[
         raise WontFit(exp, mesh, need, free)
 
 
+def in_flight(mesh: jax.sharding.Mesh) -> int | None:
+    """Calls that may be dispatched before the first is done; None: any number."""
+    return CPU_AHEAD if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu" else None
+
+
 class Ahead:
-    """Bounds by time what is dispatched ahead of the device, so that a signal is soon obeyed.
+    """Bounds by time what is dispatched ahead of the device, so that a signal is soon obeyed; and by number, `most`.
 
     To wait for it once a second costs a moment's idleness. The buffers of earlier calls are donated, so there is none
     to wait for but the newest.
     """
 
-    def __init__(self, seconds: float = 1.0):
-        self.seconds, self.calls, self.most, self.since = seconds, 0, 1, time.perf_counter()
+    def __init__(self, seconds: float = 1.0, most: int | None = None):
+        self.seconds, self.limit = seconds, most
+        self.calls, self.most, self.since = 0, 1, time.perf_counter()
 
     def hold(self, newest: Any) -> None:
         """Before a call; waits for the call before, `newest`, once in so many calls as lately took `seconds`."""
@@ -788,6 +797,7 @@ class Ahead:
             jax.block_until_ready(newest)
             now = time.perf_counter()
             self.most = max(1, int(self.calls * self.seconds / (now - self.since)))
+            self.most = min(self.most, self.limit or self.most)
             self.calls, self.since = 0, now
         self.calls += 1
 

@@ -424,6 +424,16 @@ def test_what_is_in_flight_is_bounded_by_time(step_seconds, most, monkeypatch):
     assert most - 1 <= longest[0] <= most
 
 
+def test_several_cpu_devices_are_given_few_calls_at_a_time(monkeypatch):
+    """With more than 32 in flight their collectives wait for one another for ever."""
+    waited, ahead = [], train.Ahead(1e9, train.in_flight(sharding.make_mesh(tiny.mlp(mesh_data=2).config)))
+    monkeypatch.setattr(jax, "block_until_ready", lambda newest: waited.append(newest))
+    for call in range(100):
+        ahead.hold(call)
+    assert waited == [1, *range(17, 100, 16)]
+    assert train.in_flight(sharding.make_mesh(tiny.mlp(mesh_data=1).config)) is None
+
+
 def test_it_runs_in_a_thread_too():
     """Where signal handlers can't be set, as in some notebooks."""
     states = []
