@@ -152,7 +152,7 @@ def measure(
             return (time.perf_counter() - began) / calls / count, waited / calls / count
 
         run(2)
-        calls = max(1, min(round(seconds / 20 / run(1)[0] / count), 1000))
+        calls = max(1, min(round(seconds / 20 / run(1)[0] / count), train.in_flight(mesh) or 1000))
         start, steps, readings = joules(), at, []
         end = time.perf_counter() + seconds
         while len(readings) < 5 or time.perf_counter() < end:
@@ -250,9 +250,9 @@ def roofs(seconds: float = 2.0) -> Roofs:
             "bfloat16": chip.bfloat16 or chip.float32,
         }
         return Roofs({name: rate for name, rate in flops.items() if rate}, chip.bandwidth, chip.source)
-    found = ceilings.measure(seconds, [device])
-    flops = {"float32": found.float32, "tensorfloat32": found.tensorfloat32, "bfloat16": found.bfloat16}
-    return Roofs({name: rate for name, rate in flops.items() if rate}, found.bandwidth, MEASURED)
+    kinds = precisions(device.platform, device.device_kind)
+    measured = {kind: ceilings.matmul(device, kind, seconds / 4) for kind in kinds}
+    return Roofs(measured, ceilings.copy(device, seconds / 4), MEASURED)
 
 
 def higher(one: Roofs, other: Roofs) -> Roofs:

@@ -36,17 +36,8 @@ def measure(seconds: float = 8.0, devices: list[Any] | None = None) -> Ceilings:
     devices = jax.devices() if devices is None else devices
     device = devices[0]
     gpu = device.platform == "gpu"
-    share = seconds / 7
-    side, copied, sent = (8192, 2**30, 2**28) if gpu else (1024, 2**27, 2**26)
+    share, sent = seconds / 7, 2**28 if gpu else 2**26
     image, kernel = ((256, 56, 56, 64), (3, 3, 64, 64)) if gpu else ((16, 28, 28, 64), (3, 3, 64, 64))
-
-    def square(dtype: Any) -> jax.Array:
-        return jax.device_put(jnp.ones((side, side), dtype), device)
-
-    def matmul(dtype: Any, precision: str) -> float:
-        x = square(dtype)
-        with jax.default_matmul_precision(precision):
-            return 2 * side**3 / best(jax.jit(jnp.matmul).lower(x, x).compile(), x, x, seconds=share)
 
     def convolution() -> float:
         dtype = jnp.bfloat16 if gpu else jnp.float32
@@ -58,17 +49,6 @@ def measure(seconds: float = 8.0, devices: list[Any] | None = None) -> Ceilings:
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         return 2 * x.size * np.prod(kernel[:3]) / best(jax.jit(conv).lower(x, w).compile(), x, w, seconds=share)
-
-    def copy() -> float:
-        x = jax.device_put(jnp.ones(copied // 4, jnp.float32), device)
-        add = jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile()  # fresh pages would cost the CPU more
-
-        def again() -> jax.Array:
-            nonlocal x
-            x = add(x)
-            return x
-
-        return 2 * x.nbytes / best(again, seconds=share)
 
     def to_device() -> float:
         x = np.ones(sent // 4, np.float32)
@@ -87,14 +67,40 @@ def measure(seconds: float = 8.0, devices: list[Any] | None = None) -> Ceilings:
         return least / best(add.lower(x).compile(), x, seconds=share)
 
     return Ceilings(
-        float32=matmul(jnp.float32, "highest"),
-        tensorfloat32=matmul(jnp.float32, "tensorfloat32") if gpu else None,
-        bfloat16=matmul(jnp.bfloat16, "default"),
+        float32=matmul(device, "float32", share),
+        tensorfloat32=matmul(device, "tensorfloat32", share) if gpu else None,
+        bfloat16=matmul(device, "bfloat16", share),
         convolution=float(convolution()),
-        bandwidth=copy(),
+        bandwidth=copy(device, share),
         host_to_device=to_device(),
         all_reduce=all_reduce(),
     )
+
+
+def matmul(device: Any, precision: str, seconds: float) -> float:
+    """FLOP/s of a product of two square matrices in float32, tensorfloat32 or bfloat16."""
+    side = 8192 if device.platform == "gpu" else 1024
+    dtype, exact = {
+        "float32": (jnp.float32, "highest"),
+        "tensorfloat32": (jnp.float32, "tensorfloat32"),
+        "bfloat16": (jnp.bfloat16, "default"),
+    }[precision]
+    x = jax.device_put(jnp.ones((side, side), dtype), device)
+    with jax.default_matmul_precision(exact):
+        return 2 * side**3 / best(jax.jit(jnp.matmul).lower(x, x).compile(), x, x, seconds=seconds)
+
+
+def copy(device: Any, seconds: float) -> float:
+    """Bytes/s read and written in the device's memory."""
+    x = jax.device_put(jnp.ones((2**30 if device.platform == "gpu" else 2**27) // 4, jnp.float32), device)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile()  # fresh pages would cost the CPU more
+
+    def again() -> jax.Array:
+        nonlocal x
+        x = add(x)
+        return x
+
+    return 2 * x.nbytes / best(again, seconds=seconds)
 
 
 def best(call: Callable[..., Any], *arguments: Any, seconds: float) -> float:

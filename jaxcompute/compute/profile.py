@@ -100,7 +100,7 @@ def traced(program: train.Program, workdir: Path, seconds: float) -> Profile:
         return (time.perf_counter() - began) / calls / count
 
     loop(2)
-    calls = max(4, min(50, round(seconds / loop(1) / count)))
+    calls = max(4, min(train.in_flight(mesh) or 50, round(seconds / loop(1) / count)))
     plain = statistics.median(loop(calls) for _ in range(3))
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # else each Python call costs, and the device waits for it
