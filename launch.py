@@ -156,12 +156,17 @@ def config_of(workdir: Path, cls: type):
     saved = log.read_config(workdir)
     if saved is None:
         return None
+    values, known, mend = saved["config"], configs.fields(cls), "take another --workdir"
     try:
         if saved.get("experiment", FLAGS.experiment) != FLAGS.experiment:
             raise BadInput(f"it is of --experiment={saved['experiment']}, not {FLAGS.experiment}")
-        return configs.from_json(cls, saved["config"])
+        if values.keys() != known.keys():  # the code has gained or lost a field since
+            mend = f"--allow_changes goes on with the fields there are, or {mend}"
+        if FLAGS.allow_changes:
+            values = {name: values.get(name, field.default) for name, field in known.items()}
+        return configs.from_json(cls, values)
     except BadInput as error:
-        raise BadInput(f"{workdir / 'config.json'}: {error}; take another --workdir") from None
+        raise BadInput(f"{workdir / 'config.json'}: {error}; {mend}") from None
 
 
 def train(exp, workdir: Path) -> None:

@@ -365,7 +365,8 @@ def fit(
         mesh: the devices; None: by the config.
         write: is given (step, values) at each log period and evaluation, and (step, {}) at each call in between.
         say: is given each line of what is announced.
-        allow_changes: go on in a work directory though fields of FREE, the code or the data have changed.
+        allow_changes: go on in a work directory though fields of FREE, the code (and with it what fields there are) or
+            the data have changed.
         instruments: what perf/mfu, perf/joules_per_example and the forecast of memory are measured by.
 
     Raises:
@@ -447,9 +448,10 @@ def claim(workdir: Path, exp: Experiment, allow_changes: bool) -> None:
         raise BadInput(f"{workdir} holds a run of {saved.get('experiment')}, not of {name}: take another --workdir")
     config, old = _plain(exp.config), saved["config"]
     differ = [name for name in [*config, *(k for k in old if k not in config)] if config.get(name) != old.get(name)]
-    if differ and not (allow_changes and FREE.issuperset(differ)):
+    free = FREE | (config.keys() ^ old.keys())  # those that the code has gained or lost since
+    if differ and not (allow_changes and free.issuperset(differ)):
         changes = ", ".join(f"{name} was {old.get(name)} and is {config.get(name)}" for name in differ)
-        mend = "--allow_changes goes on with it, or " if FREE.issuperset(differ) else ""
+        mend = "--allow_changes goes on with it, or " if free.issuperset(differ) else ""
         raise BadInput(f"{workdir} holds a run of another config: {changes}; {mend}take another --workdir")
 
 

@@ -501,3 +501,14 @@ def test_a_batch_that_would_compile_the_step_anew_is_named(change, words, tmp_pa
     with pytest.raises(train.Recompile, match=f"^the batch of step 5 would compile the step anew: {words}"):
         fit(exp, tmp_path)
     assert log.read_status(tmp_path)["state"] == "failed"
+
+
+def test_a_run_outlives_a_field_that_the_code_has_gained_or_lost_where_that_is_meant(tmp_path):
+    fit(tiny.mlp(**on(1)), tmp_path)
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    del saved["config"]["deterministic"]
+    file.write_text(json.dumps(saved | {"config": saved["config"] | {"bygone": 3}}))
+    with pytest.raises(BadInput, match=r"deterministic was None .*, bygone was 3 .*; --allow_changes"):
+        fit(tiny.mlp(**on(1)), tmp_path)
+    assert int(fit(tiny.mlp(**on(1)), tmp_path, allow_changes=True).step) == 12
