@@ -250,6 +250,7 @@ def benchmark(exp, workdir: Path) -> None:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    make(workdir)
     if FLAGS.inference:
         answers = inference.run(exp, say)
         print(inference.text(answers))
@@ -264,6 +265,7 @@ def benchmark(exp, workdir: Path) -> None:
 def profile(exp, workdir: Path) -> None:
     from jaxcompute.compute import profile, roofline
 
+    make(workdir)
     found = profile.run(exp, workdir)
     print(profile.text(found), end="\n\n", flush=True)
     roof = roofline.run(found)
@@ -273,9 +275,16 @@ def profile(exp, workdir: Path) -> None:
     print(f"to see the trace: pip install xprof, and tensorboard --logdir={workdir}")
 
 
+def make(workdir: Path) -> None:
+    """Before minutes are spent on what could not be left there."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--workdir={workdir}: {error.strerror}; give a folder that can be written") from None
+
+
 def leave(exp, workdir: Path, name: str, facts: dict, picture) -> None:
     """What was measured, as JSON and as a picture."""
-    workdir.mkdir(parents=True, exist_ok=True)
     log.write_json(workdir / f"{name}.json", log.describe(configs.to_json(exp.config), **facts))
     left = [f"{name}.json"]
     try:

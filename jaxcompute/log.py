@@ -42,6 +42,7 @@ def lock(workdir: Path) -> Iterator[None]:
     """
     file = workdir / ".lock"
     try:
+        str(workdir.absolute()).encode()  # the library that writes checkpoints takes no other names
         made = not workdir.exists()
         workdir.mkdir(parents=True, exist_ok=True)
         while True:
@@ -55,6 +56,8 @@ def lock(workdir: Path) -> Iterator[None]:
         held.flush()
     except BlockingIOError:
         raise _in_use(file) from None
+    except UnicodeEncodeError:
+        raise BadInput(f"--workdir={str(workdir)!a}: a path that is no UTF-8 (in this locale); give another") from None
     except OSError as error:
         raise BadInput(f"--workdir={workdir}: {error.strerror}; give a folder that can be written") from None
     with held:

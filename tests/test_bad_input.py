@@ -297,6 +297,8 @@ WORKDIRS = [  # of a run that ended at step 4, with checkpoints of steps 2 and 4
     (RUN.replace("=run", "=mine"), "mine metrics.jsonl no config.json", text("mine/metrics.jsonl", "{}")),
     (RUN.replace("=run", "=mine"), "mine events.out.tfevents.1 no run", text("mine/events.out.tfevents.1")),
     (RUN.replace("=run", f"={'a' * 300}"), "aaa too long"),
+    (RUN.replace("=run", "=a\udcff"), r"a\udcff UTF-8"),
+    (RUN.replace("=run", "=file --mode=benchmark"), "--workdir=file folder", text("file")),
     ("--experiment=cifar_cnn --data_dir=~nobody-here/data", "~nobody-here/data no such home"),
     (RUN.replace("=run", "=lock"), "lock Is a directory", lambda here: (here / "lock/.lock").mkdir(parents=True)),
 ]
