@@ -215,7 +215,7 @@ def train(exp, workdir: Path) -> None:
         say(str(error))
         sys.exit(1)
     if first and exp.classes:
-        say(log.evaluation_table(workdir))
+        say(log.evaluation_table(log.read_json(workdir / "evaluation.json") or {}))
     if first:
         say(log.hardware(workdir))
     say(f"to evaluate: {again} --mode=evaluate")
@@ -227,9 +227,9 @@ def evaluate(exp, workdir: Path) -> None:
     from jaxcompute import train as trainer
 
     first = jax.process_index() == 0
-    trainer.evaluate_checkpoint(exp, workdir, print if first else quiet)
+    found = trainer.evaluate_checkpoint(exp, workdir, print if first else quiet)
     if first:
-        print(log.evaluation_table(workdir))
+        print(log.evaluation_table(found))
 
 
 def quiet(*_) -> None:

@@ -359,15 +359,15 @@ def git(code: Path = Path(__file__).parents[1]) -> dict[str, Any] | None:
 # -- evaluation.json ---------------------------------------------------------------------------------------------------
 
 
-def evaluation(workdir: Path, step: int, results: Mapping[str, Any], classes: Sequence[str] = ()) -> None:
-    """Leave the newest evaluation whole: its floats, and the confusion counts [labels][predictions] with names."""
+def evaluation(step: int, results: Mapping[str, Any], classes: Sequence[str] = ()) -> dict[str, Any]:
+    """What evaluation.json holds: an evaluation's floats, and the confusion counts [labels][predictions] with names."""
     values = {name: _finite(value) if isinstance(value, float) else value.tolist() for name, value in results.items()}
-    write_json(workdir / "evaluation.json", {"step": step, "classes": list(classes), **values})
+    return {"step": step, "classes": list(classes), **values}
 
 
-def evaluation_table(workdir: Path) -> str:
-    """evaluation.json as text: the metrics on a line, and a table of each class's accuracy and commonest mistake."""
-    found = read_json(workdir / "evaluation.json") or {}
+def evaluation_table(found: Mapping[str, Any]) -> str:
+    """`evaluation` as text: the metrics on a line, and a table of each class's accuracy and commonest mistake."""
+    found = dict(found)
     step, classes, confusion = found.pop("step", 0), found.pop("classes", []), found.pop("confusion", [])
     line = "  ".join([f"step {step:,}", *(f"{name} {cell(value) or 'nan'}" for name, value in found.items())])
     if not classes or len(classes) != len(confusion):

@@ -645,7 +645,7 @@ def loop(
                 spoiled(f"step {at}: the evaluation is not finite")
             tell(at, {f"eval/{name}": value for name, value in scalars.items()})
             if home:
-                log.evaluation(home, at, results, exp.classes)
+                log.write_json(home / "evaluation.json", log.evaluation(at, results, exp.classes))
             save(scalars, carried)
 
         def halt() -> NoReturn:
@@ -899,6 +899,9 @@ def stop_signals() -> Iterator[list[int]]:
 def evaluate_checkpoint(exp: Experiment, workdir: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Evaluate the best checkpoint of a work directory, or the newest where none is ranked; damaged ones are named.
 
+    Returns:
+        What evaluation.json then holds; where it cannot be written, `say` is told.
+
     Raises:
         BadInput: there is none, or it is not of this experiment and config.
     """
@@ -912,7 +915,10 @@ def evaluate_checkpoint(exp: Experiment, workdir: Path, say: Callable[[str], Non
     at, state = found
     say(f"evaluating step {at:,} of {workdir} on {exp.eval.size:,} examples")
     with contextlib.closing(program):
-        results = evaluate(program, state)
+        results = log.evaluation(at, evaluate(program, state), exp.classes)
     if home := home_of(workdir):
-        log.evaluation(home, at, results, exp.classes)
+        try:
+            log.write_json(home / "evaluation.json", results)
+        except OSError as error:  # another's run, which one may read
+            say(f"{error}: what follows is not left there")
     return results

@@ -312,6 +312,11 @@ def test_the_best_checkpoint_is_kept_and_evaluated(tmp_path):
     best = max(scores, key=lambda step: (scores[step], step))
     assert checkpoint.steps(tmp_path / "checkpoints") == sorted({best, 24})
     assert train.evaluate_checkpoint(exp, tmp_path, quiet)["accuracy"] == scores[best]
+    before, said = (tmp_path / "evaluation.json").read_bytes(), []
+    (tmp_path / f".evaluation.json.{os.getpid()}").mkdir()  # as in a folder that cannot be written
+    assert train.evaluate_checkpoint(exp, tmp_path, said.append)["step"] == best
+    assert "not left there" in said[-1]
+    assert (tmp_path / "evaluation.json").read_bytes() == before
     with pytest.raises(BadInput, match="no checkpoint"):
         train.evaluate_checkpoint(exp, tmp_path / "nothing", quiet)
 
