@@ -306,7 +306,7 @@ def sweep(module, config, workdir: Path) -> None:
 
     points = grid.points(config, FLAGS.sweep)
     grid.check(workdir, config, points)
-    best = module.experiment(config).best
+    best = module.experiment(configs.replace(config, points[0])).best  # without its swept fields it may be none
     command = [sys.executable, __file__, *grid.flags_of_children(sys.argv)]
     sys.exit(grid.run(workdir, command, points, best))
 
@@ -373,6 +373,9 @@ def launch() -> None:
         sys.exit(2)
     except Elsewhere as error:  # told there
         sys.exit(error.code)
+    except BrokenPipeError:  # whoever read what we print, head say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 if __name__ == "__main__":

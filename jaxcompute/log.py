@@ -10,6 +10,7 @@ import datetime
 import fcntl
 import importlib.metadata
 import importlib.util
+import io
 import json
 import math
 import os
@@ -410,7 +411,8 @@ def console(of: int, stream: TextIO | None = None, clock: Callable[[], float] = 
     """Two closures over one stream: `show` draws the progress, `say` prints a line without spoiling it.
 
     On a terminal the progress is one line drawn over itself, ten times a second at most; elsewhere it is a plain line,
-    once a second at most. The last step is always shown.
+    once a second at most. The last step is always shown. Where the stream is gone, a closed pipe or a log on a full
+    disk, both fall silent: training goes on.
 
     Args:
         of: optimizer steps in all.
@@ -420,6 +422,15 @@ def console(of: int, stream: TextIO | None = None, clock: Callable[[], float] = 
     terminal = out.isatty()
     first: tuple[int, float] | None = None  # step and time of the first call: compilation is not part of the pace
     drawn = -math.inf
+
+    def put(text: str, end: str = "\n") -> None:
+        nonlocal out
+        try:
+            print(text, end=end, file=out, flush=True)
+        except OSError:
+            with contextlib.suppress(OSError):  # what lies in its buffer would fail again at the interpreter's end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+            out = io.StringIO()
 
     def show(step: int, values: Mapping[str, float], examples_per_sec: float) -> None:
         nonlocal first, drawn
@@ -431,10 +442,10 @@ def console(of: int, stream: TextIO | None = None, clock: Callable[[], float] = 
         pace = (now - first[1]) / (step - first[0]) if step > first[0] else None
         left = None if pace is None else pace * (of - step)
         line = progress_line(step, of, values, examples_per_sec, left, _columns(out) if terminal else None)
-        print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n", file=out, flush=True)
+        put(f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n")
 
     def say(text: str) -> None:
-        print(f"\r\x1b[K{text}" if terminal else text, file=out, flush=True)
+        put(f"\r\x1b[K{text}" if terminal else text)
 
     return show, say
 

@@ -317,6 +317,7 @@ SWEEPS = [
     (XOR + "--sweep=seed=1,2 --workdir=file", "--workdir=file folder", text("file")),
     (XOR + "--sweep=seed=1,2 --workdir=run --mode=evaluate", "--sweep --mode=evaluate"),
     (DIGITS + "--sweep=features=8/8/8/8,8", "features=8,8,8,8 3"),
+    (FOLDER.replace("--config.train_dir=train", "--sweep=train_dir=none,train"), "'none' no folder", folders),
 ]
 CASES = [*NAMES, *FLAGS, *VALUES, *DEVICES, *IMAGES, *PATHS, *WORKDIRS, *SWEEPS]
 

@@ -246,6 +246,15 @@ def test_one_line_on_a_terminal():
     assert all(len(line) < 80 + len("\x1b[K") for line in drawn)
 
 
+def test_a_screen_that_is_gone_ends_no_run():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stream:  # closing it must not fail either
+        show, say = log.console(3, stream)
+        say("a line")
+        show(3, {"train/loss": 0.5}, 1.0)
+
+
 def test_table():
     text = log.table([("a", 1234, 0.5, None), ("long", 5, 1e-7, 2)], ("name", "n", "x", "best"))
     assert text == ("name      n      x  best\n----  -----  -----  ----\na     1,234    0.5\nlong      5  1e-07     2")
