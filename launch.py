@@ -302,10 +302,13 @@ def verify_resume() -> None:
 
 
 def sweep(module, config, workdir: Path) -> None:
+    import jax
+
     from jaxcompute.sweep import grid
 
     points = grid.points(config, FLAGS.sweep)
     grid.check(workdir, config, points)
+    jax.config.update("jax_platforms", "cpu")  # of this process alone: the runs are to have the whole GPU
     best = module.experiment(configs.replace(config, points[0])).best  # without its swept fields it may be none
     command = [sys.executable, __file__, *grid.flags_of_children(sys.argv)]
     sys.exit(grid.run(workdir, command, points, best))

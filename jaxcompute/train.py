@@ -29,7 +29,7 @@ import numpy as np
 from jaxcompute import checkpoint, distributed, flops, log, metrics, sharding, step
 from jaxcompute.core import Batch, Experiment, Run, Source, State, Writer
 from jaxcompute.errors import BadInput, Elsewhere
-from jaxcompute.metrics import Last, Metrics
+from jaxcompute.metrics import Last, Mean, Metrics
 
 # jitted residual blocks give NaN or garbage on processors with AVX-512 bf16; an empty fusion type mends it
 BROKEN_BFLOAT16 = ("0.11.2", "0.12.0", "0.12.0.1")
@@ -41,7 +41,8 @@ FREE = {"steps", "epochs", "log_every", "eval_every", "save_every", "keep_last",
 FREE |= {"mesh_data", "mesh_fsdp", "mesh_model"}
 
 
-STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1  # each asks a run to save and end
+# each asks a run to save and end; SIGHUP comes of a terminal that is closed
+STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 # Calls in flight on several CPU devices: with more than 32 their collectives wait for one another, and after 40 s XLA
 # ends the process (jax 0.10.2).
 CPU_AHEAD = 16
@@ -335,7 +336,7 @@ def paced(call: Callable[..., Any]) -> Callable[..., Any]:
 def evaluate(program: Program, state: State, signals: Sequence[int] = ()) -> dict[str, Any]:
     """The evaluation set's metrics, every example counted once: floats, and `confusion` [classes, classes].
 
-    {} where it was broken off, by a signal that came on the way.
+    A mean over no example is left out. {} where it was broken off, by a signal that came on the way.
     """
     sums, ahead = program.eval_sums(), Ahead(most=in_flight(program.mesh))
     for at in range(program.exp.eval.steps):
@@ -345,7 +346,9 @@ def evaluate(program: Program, state: State, signals: Sequence[int] = ()) -> dic
         feed = program.eval_feed(at)
         ahead.hold(sums)
         sums = program.eval_step(state, sums, feed, np.int32(at))
-    return metrics.compute(jax.device_get(sums))
+    fetched = jax.device_get(sums)
+    empty = {name for name, metric in fetched.items() if isinstance(metric, Mean) and not metric.weight}
+    return metrics.compute({name: metric for name, metric in fetched.items() if name not in empty})
 
 
 def fit(
@@ -372,7 +375,7 @@ def fit(
     Raises:
         BadInput: a config, a mesh or a checkpoint that does not fit, or another run in the work directory.
         NonFinite: a loss or gradient was not finite; the checkpoints before it stand, and nonfinite/ has that step.
-        Preempted: SIGTERM, SIGINT or SIGUSR1 came; the State has been saved.
+        Preempted: a signal of STOPS came; the State has been saved.
         OutOfMemory: the step doesn't fit the devices' memory, by the forecast before step 0 or as it ran.
         Recompile: the batches changed their shape or dtype under way.
     """
@@ -874,9 +877,14 @@ class Clock:
         return values
 
 
+def _without_terminal(signum: int) -> bool:
+    """As nohup starts a run."""
+    return signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM, SIGINT and SIGUSR1 are put into; the loop looks at it, for nothing is safe inside a handler.
+    """A list that the signals of STOPS are put into; the loop looks at it, for nothing is safe inside a handler.
 
     Those that follow change nothing: what the first began, a save, is done within seconds.
     """
@@ -888,7 +896,7 @@ def stop_signals() -> Iterator[list[int]]:
     def note(signum: int, frame: Any) -> None:
         seen.append(signum)
 
-    old = {signum: signal.signal(signum, note) for signum in STOPS}
+    old = {signum: signal.signal(signum, note) for signum in STOPS if not _without_terminal(signum)}
     try:
         yield seen
     finally:

@@ -304,6 +304,15 @@ def test_evaluation_counts_every_example_once_on_any_batch_and_mesh():
             assert other[name] == pytest.approx(results[0][name], rel=1e-5)
 
 
+def test_a_mean_over_no_example_is_left_out_and_ends_no_run(tmp_path):
+    def measure(outputs, batch):
+        rare = batch["mask"] & (batch["label"] > 99)
+        return metrics.classification(outputs, batch) | {"rare": metrics.Mean.of(outputs[:, 0], rare)}
+
+    fit(dataclasses.replace(tiny.mlp(**on(1)), measure=measure), tmp_path)
+    assert {tag for tag in log.read(tmp_path)[12] if "eval" in tag} == {"eval/loss", "eval/accuracy", "eval/ece"}
+
+
 def test_the_best_checkpoint_is_kept_and_evaluated(tmp_path):
     exp = tiny.mlp(**on(1, steps=24, eval_every=4, keep_last=1, keep_best=1))
     fit(exp, tmp_path)
@@ -338,7 +347,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_its_step(bad, tmp_path):
     assert checkpoint.steps(tmp_path / "checkpoints")[-1] == 6
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_saves_and_the_same_call_goes_on(signum, tmp_path):
     exp = tiny.mlp(**on(1))
     whole = fit(exp)
