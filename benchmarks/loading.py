@@ -8,8 +8,8 @@ The photographs are 397 of ants and bees, DATA_DIR/downloads/hymenoptera, or any
 - decode: `imagenet_resnet50`'s stream alone, by 1 and 2 workers. Processor time is of all processes: others that are at
   work on the machine disturb it less than the clock.
 - loop: a small form of `imagenet_resnet50` trains; `perf/data_wait_frac` of its logs, by workers.
-- memory: 5,000 steps of the loop with a small MLP, all of it but the decoding cheap; resident memory of this process
-  and of its workers on the way.
+- memory: 5,000 steps of the loop with a small MLP, all of it but the decoding cheap, so that the loop waits for data;
+  resident memory of this process and of its workers on the way.
 """
 
 import argparse
@@ -116,14 +116,22 @@ def loop(folders: dict[str, Any], workers: int) -> dict[str, Any]:
 
 def watch(folders: dict[str, Any], steps: int) -> dict[str, Any]:
     fields: dict[str, Any] = {"batch_size": 16, "canvas": 96, "image_size": 32, "eval_short": 32, "eval_size": 32}
-    fields |= {"steps": steps, "warmup_epochs": 0.0, "eval_every": steps, "learning_rate": 0.01}
+    fields |= {
+        "steps": steps,
+        "warmup_epochs": 0.0,
+        "eval_every": steps,
+        "learning_rate": 0.01,
+        "log_every": max(1, steps // 50),
+    }
     exp: Experiment = imagenet_resnet50.experiment(imagenet_resnet50.Config(**(folders | fields)))
     exp = dataclasses.replace(exp, model=MLP((16,), len(exp.classes)))
     source: Any = exp.train
     samples: list[tuple[int, int, int]] = []
+    waits: list[float] = []
 
     def sample(step: int, values: dict[str, float]) -> None:
-        if step % max(1, steps // 50) == 0 and not values and step < steps:
+        if "train/loss" in values:
+            waits.append(values["perf/data_wait_frac"])
             children = [resident(process.pid) for process in source.workers.processes]
             samples.append((step, resident(os.getpid()), sum(children)))
 
@@ -133,6 +141,7 @@ def watch(folders: dict[str, Any], steps: int) -> dict[str, Any]:
     return {
         "steps": steps,
         "images": steps * 16,
+        "data_wait_frac": round(statistics.median(waits), 3),
         "bytes_here_at_a_tenth": int(own[0]),
         "bytes_here_at_the_end": int(own[-1]),
         "bytes_of_workers_at_a_tenth": int(children[0]),

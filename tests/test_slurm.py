@@ -44,7 +44,7 @@ def test_a_dry_run_prints_the_script_and_needs_no_slurm(launcher, tmp_path):
     [
         (["--launcher=slurm"], "no sbatch on PATH"),
         (["--launcher=slurm", "--time=4h"], "--time=4h: write minutes, HOURS:MM:SS or DAYS-HOURS:MM:SS"),
-        (["--launcher=slurm", "--time=0"], "--time=0: write minutes"),
+        (["--launcher=slurm", "--time=3:59"], "--time=3:59: a run is stopped 120 s before its end; give at least 4"),
         (["--launcher=slurm", "--sbatch=--partition=x"], "--sbatch=--partition=x: write a long option of sbatch"),
         (["--launcher=slurm", "--nodes=0"], "--nodes=0"),
         (["--launcher=slurm", "--config.epochs=-1"], "epochs"),
@@ -61,6 +61,16 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, words, launcher, tmp_path)
     ended = launcher(*SMALL, *flags, cwd=tmp_path, PATH="")
     assert ended.code == 2 and words in ended.err and ended.err.count("\n") == 1, ended
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("5", 300), ("5:30", 330), ("1:00:05", 3605), ("2-3", 183600), ("0-0:10", 600), ("1-00:00:01", 86401)],
+)
+def test_a_time_is_read_as_sbatch_reads_it(time, seconds):
+    from jaxcompute.sweep import slurm
+
+    assert slurm.seconds(time) == seconds
 
 
 # -- with one ----------------------------------------------------------------------------------------------------------

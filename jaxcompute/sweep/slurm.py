@@ -80,8 +80,10 @@ def executor(
     Raises:
         BadInput: a time or an option that is none.
     """
-    if not re.fullmatch(TIME, time) or not re.search("[1-9]", time):
+    if not re.fullmatch(TIME, time):
         raise BadInput(f"--time={time}: write minutes, HOURS:MM:SS or DAYS-HOURS:MM:SS")
+    if seconds(time) < 2 * GRACE:  # else it would be stopped before it came further, again and again
+        raise BadInput(f"--time={time}: a run is stopped {GRACE} s before its end; give at least {2 * GRACE // 60}")
     options: dict[str, Any] = {"requeue": True, "signal": f"TERM@{GRACE}"}
     for option in more:
         key, equals, value = option.partition("=")
@@ -104,6 +106,16 @@ def executor(
     if points:
         made.parameters["map_count"] = len(points)  # names the logs by array and task
     return made
+
+
+def seconds(time: str) -> int:
+    """Of a time as sbatch takes it."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if not dash and len(parts) < 3:
+        parts = [0, *parts]  # minutes first
+    hours, minutes, left = [*parts, 0, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + left
 
 
 def submit(made: Executor, command: str, folder: Path) -> str:
