@@ -119,6 +119,11 @@ def own_address(host: str, port: int) -> str:
         family, *_, (address, *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         if address in ("0.0.0.0", "::"):
             raise BadInput(f"--coordinator={host}:{port}: that is every interface; give the one the others reach")
+        if str(address).startswith("127.") and os.environ.get("SLURM_STEP_NUM_NODES", "1") != "1":
+            mend = "give it its own address in /etc/hosts there"  # Debian gives a machine's own name 127.0.1.1
+            raise BadInput(
+                f"--coordinator={host}:{port}: {host} is {address} to itself, which no other reaches; {mend}"
+            )
         with socket.create_server((address, port), family=family):
             pass
     except OSError as error:

@@ -39,7 +39,7 @@ MAY = {
 }
 EXPERIMENTS = {"core", "config", "step", "metrics", "models", "data", "losses", "optim", "sharding"}
 FREE_OF_JAX = ["config.py", "log.py", "data/order.py", "data/sources.py", "data/stream.py"]
-FREE_OF_JAX += ["sweep/grid.py", "compute/doctor.py"]
+FREE_OF_JAX += ["sweep/grid.py", "sweep/slurm.py", "compute/doctor.py"]
 LAUNCH = {"config", "data", "train", "distributed", "sharding", "replay", "verify", "log"}
 LAUNCH |= {"sweep", "compute", "report", "deploy"}
 
