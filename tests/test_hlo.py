@@ -64,10 +64,12 @@ ENTRY %main.5 (x: bf16[8,16,16,4], w: bf16[3,3,4,6], dy: bf16[8,16,16,6], a: bf1
   %x = bf16[8,16,16,4]{3,2,1,0} parameter(0)
   %w = bf16[3,3,4,6]{3,2,1,0} parameter(1)
   %dy = bf16[8,16,16,6]{3,2,1,0} parameter(2)
+  %x_nchw = bf16[8,4,16,16]{3,2,1,0} transpose(%x), dimensions={0,3,1,2}
+  %dy_nchw = bf16[8,6,16,16]{3,2,1,0} transpose(%dy), dimensions={0,3,1,2}
   %a = bf16[128,64]{1,0} parameter(3)
   %b = bf16[64,32]{1,0} parameter(4)
   %forward = (bf16[8,16,16,6]{3,2,1,0}, u8[1024]{0}) custom-call(%x, %w), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, custom_call_target="__cudnn$convForward", metadata={op_name="jit(call)/jit(advance)/jvp(CNN)/Conv_0/conv_general_dilated"}
-  %wgrad = (bf16[3,3,4,6]{3,2,1,0}, u8[1024]{0}) custom-call(%x, %dy), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, custom_call_target="__cudnn$convBackwardFilter", metadata={op_name="jit(call)/jit(advance)/transpose(jvp(CNN))/Conv_0/conv_general_dilated"}
+  %wgrad = (bf16[6,4,3,3]{3,2,1,0}, u8[1024]{0}) custom-call(%x_nchw, %dy_nchw), window={size=3x3 pad=1_1x1_1}, dim_labels=bf01_oi01->bf01, custom_call_target="__cudnn$convBackwardFilter", metadata={op_name="jit(call)/jit(advance)/transpose(jvp(CNN))/Conv_0/conv_general_dilated"}
   %dgrad = (bf16[8,16,16,4]{3,2,1,0}, u8[1024]{0}) custom-call(%dy, %w), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, custom_call_target="__cudnn$convBackwardInput", metadata={op_name="jit(call)/jit(advance)/transpose(jvp(CNN))/Conv_0/conv_general_dilated"}
   %gemm = (bf16[128,32]{1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"alpha_real":1,"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
   ROOT %gemm_fusion = bf16[128,32]{1,0} fusion(%a, %b), kind=kCustom, calls=%gemm_fusion_dot.3_computation

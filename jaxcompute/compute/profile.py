@@ -52,7 +52,7 @@ class Profile(NamedTuple):
     devices: int
     precision: str
     steps: int  # traced
-    ms: float  # without the trace, median
+    ms: float  # without the trace
     traced_ms: float
     idle: float  # share of the traced time in which a device runs nothing
     gaps: dict[str, float]  # ms a step that a device is idle, by what the host does meanwhile
@@ -101,7 +101,7 @@ def traced(program: train.Program, workdir: Path, seconds: float) -> Profile:
 
     loop(2)
     calls = max(4, min(train.in_flight(mesh) or 50, round(seconds / loop(1) / count)))
-    plain = statistics.median(loop(calls) for _ in range(3))
+    plain = min(loop(calls) for _ in range(3))  # what else the machine does can only slow it
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # else each Python call costs, and the device waits for it
     folder = workdir / "plugins" / "profile"
