@@ -87,6 +87,8 @@ def main(argv: list[str]) -> None:
         raise BadInput(f"say which: --experiment=NAME; there are: {', '.join(configs.experiments(ROOT))}")
     if FLAGS.mode in ("evaluate", "replay") and not FLAGS.workdir:
         raise BadInput(f"--mode={FLAGS.mode}: say which run, --workdir=DIR")
+    if FLAGS.inference and FLAGS.mode != "benchmark":
+        raise BadInput(f"--mode={FLAGS.mode} --inference: inference is measured by --mode=benchmark")
     if FLAGS.mode != "train" and FLAGS.sweep:
         raise BadInput(f"--mode={FLAGS.mode} --sweep: a sweep trains; take its runs one by one, --workdir=DIR")
     if FLAGS.launcher == "slurm":

@@ -139,6 +139,7 @@ FLAGS = [
     (DIGITS + "--mode=fly", "--mode=fly train evaluate"),
     (DIGITS + "--mode=", "--mode= train evaluate"),
     (DIGITS + "--mode=evaluate", "--mode=evaluate --workdir=DIR"),
+    (DIGITS + "--inference", "--mode=train --inference --mode=benchmark"),
     (DIGITS + "train", "'train' --name=value"),
     (DIGITS + "-- train", "'train' --name=value"),
     (DIGITS + "--speed=1", "--speed"),

@@ -1,11 +1,12 @@
 """The benchmark's arithmetic on made-up points, and one real run on two devices."""
 
+import dataclasses
 import json
 
 import pytest
 import tiny
 
-from jaxcompute.compute import benchmark
+from jaxcompute.compute import benchmark, profile
 from jaxcompute.compute.benchmark import Point, Setting
 from jaxcompute.models.mlp import MLP
 
@@ -59,6 +60,38 @@ def test_a_measured_roof_is_the_higher_of_two_and_shares_are_of_it():
     found = benchmark.below(point(8.0), ROOFS, best)
     assert (found.mfu, found.bandwidth) == (0.2, 0.05)
     assert benchmark.below(found._replace(mfu=None, bandwidth=None), ROOFS, best).mfu is None
+
+
+class Streamed:
+    """A source whose batches come from the host."""
+
+    resident, size, steps = False, 61, 8
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+
+    def like(self):
+        return tiny.arrays(self.batch_size)
+
+    def feed(self, step, index=0, count=1):
+        return tiny.arrays(self.batch_size)
+
+    def batch(self, feed, step):
+        return feed
+
+    def with_batch_size(self, batch_size):
+        return Streamed(batch_size)
+
+    def close(self):
+        pass
+
+
+def test_streamed_batches_are_measured_too(tmp_path):
+    exp = dataclasses.replace(tiny.mlp(MLP((16,), 3), mesh_data=1), train=Streamed(8))
+    found = benchmark.measure(exp, Setting("float32", 16), ROOFS, lambda: None, seconds=0.05)
+    assert found.bandwidth > 0 and 0 < found.data <= 1
+    traced = profile.run(exp, tmp_path, seconds=0.05)
+    assert any(op.place == "Dense_0" for op in traced.ops)
 
 
 def test_a_real_step_is_measured_over_the_grid(monkeypatch, tmp_path):
