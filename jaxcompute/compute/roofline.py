@@ -120,7 +120,6 @@ def to_json(found: Roofline) -> dict[str, Any]:
 
 
 INK, RED = "#333333", "#c23b3b"
-WHITE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}  # behind words
 COLORS: dict[Bound, str] = {"arithmetic": "#2f6db3", "memory": "#d9822b", "overhead": "#9aa3ad"}
 MEANS: dict[Bound, str] = {
     "arithmetic": "bounded by arithmetic",
@@ -163,9 +162,6 @@ def draw(axes: Any, found: Roofline) -> None:
         axes.annotate(str(number), place, away, textcoords="offset points", weight="bold", zorder=4, **text)
     axes.scatter(step.intensity, _rate(step), s=420, marker="*", color=RED, edgecolor="white", zorder=5)
     axes.plot([step.intensity] * 2, [_rate(step), found.roof(step)], color=RED, linewidth=1, linestyle="--", zorder=2)
-    words = f"the whole step:\n{found.share(step):.0%} of its roof"
-    style = {"color": RED, "fontsize": 10, "bbox": WHITE, "zorder": 5}
-    axes.annotate(words, (step.intensity, _rate(step)), (12, -34), textcoords="offset points", **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
     low = 0.3 * min(_rate(spot) for spot in known)
@@ -184,11 +180,13 @@ def draw(axes: Any, found: Roofline) -> None:
 
 def _near(one: Spot, other: Spot) -> bool:
     """Whether their marks would cover each other."""
-    return max(abs(math.log(one.intensity / other.intensity)), abs(math.log(_rate(one) / _rate(other)))) < 0.3
+    aside, above = abs(math.log(one.intensity / other.intensity)), abs(math.log(_rate(one) / _rate(other)))
+    return aside < 0.3 and above < 0.6
 
 
 def _legend(axes: Any, found: Roofline, drawn: Sequence[Spot]) -> None:
-    y, style = 1.0, {"transform": axes.transAxes, "va": "top", "fontsize": 9}
+    y, style = 0.93, {"transform": axes.transAxes, "va": "top", "fontsize": 9}
+    axes.text(1.02, 1.0, f"★  the whole step: {found.share(found.step):.0%} of its roof", color=RED, **style)
     for bound, color in COLORS.items():
         axes.text(1.02, y, f"●  {MEANS[bound]}", color=color, **style)
         y -= 0.05
