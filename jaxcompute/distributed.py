@@ -12,6 +12,7 @@ is the one that a single process runs, and a step costs a lock that nobody conte
 import atexit
 import contextlib
 import faulthandler
+import ipaddress
 import itertools
 import math
 import os
@@ -119,7 +120,7 @@ def own_address(host: str, port: int) -> str:
         family, *_, (address, *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         if address in ("0.0.0.0", "::"):
             raise BadInput(f"--coordinator={host}:{port}: that is every interface; give the one the others reach")
-        if str(address).startswith("127.") and os.environ.get("SLURM_STEP_NUM_NODES", "1") != "1":
+        if ipaddress.ip_address(address).is_loopback and os.environ.get("SLURM_STEP_NUM_NODES", "1") != "1":
             mend = "give it its own address in /etc/hosts there"  # Debian gives a machine's own name 127.0.1.1
             raise BadInput(
                 f"--coordinator={host}:{port}: {host} is {address} to itself, which no other reaches; {mend}"
