@@ -109,7 +109,7 @@ def measure(name: str, options: argparse.Namespace) -> Loop:
     def bare() -> float:
         began = clock()
         for at in range(0, steps, count):
-            held[:] = call(*held, program.feed(at))
+            held[:] = call(*held, program.feed(at))  # pyright: ignore[reportCallIssue]
         jax.block_until_ready(held)
         return (clock() - began) / steps
 

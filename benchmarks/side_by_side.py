@@ -206,7 +206,7 @@ def compare(name: str, options: argparse.Namespace) -> list[Timing]:
 
         makers = {"torch eager": module}
         if options.compile:
-            makers["torch.compile"] = lambda: torch.compile(module())
+            makers["torch.compile"] = lambda: compiled(torch, module())
         to_torch = torch.from_numpy(np.array(image)).permute(0, 3, 1, 2)
         torch_image = to_torch.to(device).to(memory_format=torch.channels_last)
         torch_label = torch.from_numpy(np.array(label)).long().to(device)
@@ -218,13 +218,13 @@ def compare(name: str, options: argparse.Namespace) -> list[Timing]:
         losses["torch"] = loss.item()
         grads["torch"] = np.concatenate([gradient[path].ravel() for path in paths])
     scale = np.linalg.norm(grads["ours"])
-    limit = 1e-3 if precision == "float32" else 0.2
+    most, limit = (1e-4, 1e-2) if precision == "float32" else (0.05, 0.2)  # rounding, seen through twenty layers
     for peer in losses.keys() - {"ours"}:
         far = np.linalg.norm(grads[peer] - grads["ours"]) / scale
         print(
             f"{name}: loss {losses['ours']:.6f} and {peer}'s {losses[peer]:.6f}; gradient {far:.1e} apart", flush=True
         )
-        if not (abs(losses[peer] - losses["ours"]) < limit * abs(losses["ours"]) and far < limit):
+        if not (abs(losses[peer] - losses["ours"]) < most * abs(losses["ours"]) and far < limit):
             sys.exit(f"{name}: {peer} computes something else")
 
     found = []
@@ -251,6 +251,11 @@ def compare(name: str, options: argparse.Namespace) -> list[Timing]:
         print(table(timed), flush=True)
         found += timed
     return found
+
+
+def compiled(torch: Any, module: Any) -> Any:
+    torch._dynamo.reset()  # else the works, which share code, count against one limit of recompilations
+    return torch.compile(module)
 
 
 def mutable_of(variables: dict[str, Any]) -> dict[str, Any]:

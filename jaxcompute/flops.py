@@ -12,11 +12,14 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 def count(jaxpr: ClosedJaxpr | Jaxpr) -> float:
     """Of one call, over all devices.
 
-    A loop counts its body as often as it runs, where that is known when it is traced (scan), else once; of the branches
-    of a conditional the longest counts. What is computed again in the backward pass (`jax.checkpoint`) counts again.
-    A kernel from outside (ffi, Pallas) counts nothing.
+    A result that nothing takes up counts nothing. A loop counts its body as often as it runs, where that is known when
+    it is traced (scan), else once; of the branches of a conditional the longest counts, of those for different
+    platforms, which compute the same, the shortest. What is computed again in the backward pass (`jax.checkpoint`)
+    counts again. A kernel from outside (ffi, Pallas) counts nothing.
     """
-    return sum(map(_equation, jaxpr.eqns))
+    plain: Any = getattr(jaxpr, "jaxpr", jaxpr)
+    used = {id(variable) for equation in plain.eqns for variable in equation.invars} | set(map(id, plain.outvars))
+    return sum(_equation(equation) for equation in plain.eqns if not used.isdisjoint(map(id, equation.outvars)))
 
 
 def _equation(equation: Any) -> float:
@@ -41,6 +44,6 @@ def _equation(equation: Any) -> float:
         if isinstance(value, ClosedJaxpr | Jaxpr)
     ]
     if name == "cond":
-        return max(inner)
+        return min(inner) if params.get("branches_platforms") else max(inner)
     times = {"scan": lambda: params["length"], "shard_map": lambda: params["mesh"].size}.get(name, lambda: 1)()
     return times * sum(inner)

@@ -107,4 +107,4 @@ def test_models_know_nothing_of_the_house(file: Path):
             heads |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             heads.add(str(node.module).split(".")[0])
-    assert heads <= {"collections", "functools", "typing", "flax", "jax"}
+    assert heads <= {"collections", "functools", "math", "typing", "flax", "jax"}

@@ -213,6 +213,41 @@ def test_conv_is_linens_and_its_gradient_by_rows_too(window, padding, strides, d
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
 
 
+@pytest.mark.parametrize(
+    ("window", "padding", "channels"),
+    [((5, 5), 2, (1, 6)), ((5, 3), "VALID", (6, 3)), ((2, 3), ((1, 0), (0, 2)), (2, 2))],
+)
+def test_conv_by_a_band_matrix_is_linens(window, padding, channels):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(16, 9, 7, channels[0])), jnp.float32)
+    plain = nn.Conv(channels[1], window, padding=padding)
+    layers = [plain, plain.clone(conv_general_dilated=conv.conv)]
+    variables = plain.init(jax.random.key(0), x)
+    found = []
+    for layer in layers:
+
+        @jax.jit
+        def run(variables, x, layer=layer):
+            y, pull = jax.vjp(layer.apply, variables, x)
+            return y, pull(jnp.cos(y))
+
+        text = run.lower(variables, x).as_text()
+        assert ("stablehlo.convolution" in text) == (layer is plain)
+        found.append(run(variables, x))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-5)
+
+
+def test_conv_by_a_band_matrix_is_of_the_cpu_alone():
+    def run(x, kernel):
+        return jax.vjp(lambda *args: conv.conv(*args, (1, 1), "SAME"), x, kernel)[1](x)
+
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((16, 6, 6, 3), (3, 3, 3, 3))]
+    for platform, products in {"cpu": "stablehlo.dot_general", "cuda": "stablehlo.convolution"}.items():
+        text = jax.jit(run).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+        assert [name for name in ("stablehlo.dot_general", "stablehlo.convolution") if name in text] == [products]
+
+
 @pytest.mark.parametrize("model", [cnn.CNN((16, 16), (8,), classes=3), resnet.ResNet((1,), width=16, classes=3)])
 def test_a_step_by_rows_is_the_plain_one_with_as_many_flops(model, monkeypatch):
     image = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))

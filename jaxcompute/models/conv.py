@@ -1,5 +1,6 @@
-"""Convolution with a fast weight gradient on a CPU, for cnn.py and resnet.py: `nn.Conv(conv_general_dilated=conv)`."""
+"""Convolutions that are fast on a CPU, for lenet.py, cnn.py and resnet.py: `nn.Conv(conv_general_dilated=conv)`."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -9,24 +10,44 @@ import jax.numpy as jnp
 
 Padding = tuple[tuple[int, int], tuple[int, int]]  # above and below, left and right
 TILE = 2**20  # bytes of gradient at a time: with the rows that meet it, what a core's cache holds
+BAND = 100_000  # elements of a band matrix, at most
 
 
 def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, **more: Any) -> jax.Array:
     """`jax.lax.conv_general_dilated`: x [B, H, W, C] and kernel [h, w, C, D] to [B, H', W', D].
 
-    Where a CPU is the one device, a kernel of stride 1 that has 16 to 256 channels on both sides gets its gradient by
-    rows; all else is XLA's own. One core of an Intel Xeon (jax 0.10.2, float32) took this part of the time that XLA's
-    gradient takes: 3x3 of 16 channels 0.49, of 32 0.55, of 64 0.46 to 0.80, of 128 0.53, of 256 0.93 (ResNet-20's and
-    ResNet-18's sizes); in bfloat16 0.55 to 0.84, of 256 1.08. As any `custom_vjp` it takes no forward-mode derivative.
+    On a CPU, at stride 1, two kinds are computed otherwise than by XLA's convolution; all else is XLA's own. Times are
+    of one core of an Intel Xeon (jax 0.10.2, float32) as parts of XLA's.
+
+    16 to 256 channels on both sides, and one device: the kernel's gradient `by_rows`. 3x3 of 16 channels 0.49, of 32
+    0.55, of 64 0.46 to 0.80, of 128 0.53, of 256 0.93 (ResNet-20's and ResNet-18's sizes); in bfloat16 0.55 to 0.84, of
+    256 1.08.
+
+    Few channels, a small image, 16 examples or more: `by_band`. LeNet-5's C1 forward 0.22, its gradient 1.18, C3
+    forward 1.05, its gradients 0.39 (in bfloat16 0.27, 1.60, 1.09, 0.73), the whole step 0.6; of one example 1.5.
+
+    As any `custom_vjp` these take no forward-mode derivative.
     """
     window, channels = kernel.shape[:-2], kernel.shape[-2:]
     dilated = {more.get("lhs_dilation"), more.get("rhs_dilation")} - {None, (1,) * len(window)}
-    simple = len(window) == 2 and set(strides) == {1} and not dilated and more.get("feature_group_count", 1) == 1
-    if not (simple and 16 <= min(channels) <= max(channels) <= 256 and one_cpu()):
+    if len(window) != 2 or set(strides) != {1} or dilated or more.get("feature_group_count", 1) != 1:
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **more)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
-    return _conv(tuple(map(tuple, padding)), x, kernel)
+    pads: Any = tuple(map(tuple, padding))
+    width = x.shape[2] + sum(pads[1])
+    if len(x) >= 16 and min(window) > 1 and window[0] * width * (width - window[1] + 1) * math.prod(channels) <= BAND:
+        return _band(pads, x, kernel)
+    if 16 <= min(channels) <= max(channels) <= 256 and one_cpu():
+        return _rows(pads, x, kernel)
+    return _plain(pads, x, kernel)
+
+
+def _plain(padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+# -- by rows -----------------------------------------------------------------------------------------------------------
 
 
 def one_cpu() -> bool:
@@ -35,25 +56,21 @@ def one_cpu() -> bool:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _conv(padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _rows(padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _plain(padding, x, kernel)
 
 
-def _plain(padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-def _forward(padding, x, kernel):
+def _rows_forward(padding, x, kernel):
     return _plain(padding, x, kernel), (x, kernel)
 
 
-def _backward(padding, saved, dy):
+def _rows_backward(padding, saved, dy):
     x, kernel = saved
     (dx,) = jax.linear_transpose(lambda x: _plain(padding, x, kernel), x)(dy)
     return dx, by_rows(padding, kernel.shape[:2], x, dy).astype(kernel.dtype)
 
 
-_conv.defvjp(_forward, _backward)
+_rows.defvjp(_rows_forward, _rows_backward)
 
 
 def by_rows(padding: Padding, window: tuple[int, int], x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -79,3 +96,44 @@ def by_rows(padding: Padding, window: tuple[int, int], x: jax.Array, dy: jax.Arr
     total = jnp.zeros((height, channels, width * features), jnp.promote_types(x.dtype, jnp.float32))
     total = jax.lax.fori_loop(0, batch // some, add, total)
     return total.reshape(height, channels, width, features).swapaxes(1, 2)
+
+
+# -- by a band matrix --------------------------------------------------------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _band(padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.platform_dependent(x, kernel, cpu=partial(by_band, padding), default=partial(_plain, padding))
+
+
+def _band_forward(padding, x, kernel):
+    return _band(padding, x, kernel), (x, kernel)
+
+
+def _band_backward(padding, saved, dy):
+    def gradient(by):
+        def pulled(function):
+            return lambda x, kernel, dy: jax.vjp(partial(function, padding), x, kernel)[1](dy)[by]
+
+        return jax.lax.platform_dependent(*saved, dy, cpu=pulled(by_band), default=pulled(_plain))
+
+    return gradient(0), gradient(1)  # one by one, as no one asks for that of the network's input
+
+
+_band.defvjp(_band_forward, _band_backward)
+
+
+def by_band(padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The convolution as one matrix product, of whole lines: W / w times the work, done at a product's speed.
+
+    Line y of the output, [W' D], is lines y to y + h - 1 of x, [h W C], times a matrix [h W C, W' D] that has the
+    kernel along its diagonals and zeros beside them.
+    """
+    (height, width, _, features), batch = kernel.shape, len(x)
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    rows, columns = x.shape[1] - height + 1, x.shape[2] - width + 1
+    place = jnp.stack([jnp.eye(x.shape[2], columns, -j, kernel.dtype) for j in range(width)])  # [w, W, W']
+    band = jnp.einsum("hwcd,wuv->hucvd", kernel, place).reshape(-1, columns * features)
+    lines = x.reshape(batch, x.shape[1], -1)
+    lines = jnp.concatenate([lines[:, i : i + rows] for i in range(height)], -1)
+    return (lines.reshape(batch * rows, -1) @ band).reshape(batch, rows, columns, features)
