@@ -8,10 +8,16 @@ import tiny
 
 from jaxcompute import sharding, train
 from jaxcompute.compute import hlo
+from jaxcompute.models import conv
 from jaxcompute.models.cnn import CNN
 from jaxcompute.models.mlp import MLP
 
 PRODUCTS = (hlo.CONVOLUTION, hlo.MATMUL)
+
+
+@pytest.fixture(autouse=True)
+def convolutions_as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(conv, "BAND", 0)  # on the CPU small ones are matrix products of their own
 
 
 def step_of(model: nn.Module, **fields) -> tuple[train.Program, list[hlo.Instruction]]:

@@ -116,10 +116,10 @@ def job(workdir: Path) -> str:
 def test_a_job_that_is_told_to_stop_goes_on_in_the_queue_to_the_bits_of_an_unbroken_run(slurm, launcher, tmp_path):
     flags = [*SMALL, "--config.steps=9000", "--config.eval_every=4500", "--config.save_every=500"]
     follower = start(slurm, *LAUNCH, *flags, "--launcher=slurm", f"--workdir={tmp_path / 'job'}")
-    whole = launcher(*flags, f"--workdir={tmp_path / 'whole'}", cwd=ROOT)
     wait_for(tmp_path / "job", "checkpoints/[0-9]*", follower)
     number = job(tmp_path / "job")
     subprocess.run(["scancel", "--signal=TERM", number], check=True, env=slurm)
+    whole = launcher(*flags, f"--workdir={tmp_path / 'whole'}", cwd=ROOT)
     out, err = follower.communicate(timeout=120)
     assert (whole.code, follower.returncode) == (0, 0), (whole, out, err)
     assert "stopped by SIGTERM at step" in out and "resuming at step" in out and "9000/9000" in out  # its log
