@@ -1,6 +1,6 @@
 """Start a second run on a work directory that is in use, 50 times: what does it say, and what becomes of the first?
 
-    python benchmarks/second_run.py        two minutes; leaves benchmarks/results/second-run-<date>.json
+    python benchmarks/second_run.py        four minutes; leaves benchmarks/results/second-run-<date>.json
 
 `launch.py` trains digits_mlp. Beside it the same command is given again and again: it must be refused in one line that
 names host and process, with exit code 2. The first run, disturbed so, must end with the State and metrics of one that
@@ -30,7 +30,7 @@ FIELDS = {"save_every": "2000", "eval_every": "20000", "log_every": "1000"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=60_000, help="of the first run: enough to outlast the others")
+    parser.add_argument("--steps", type=int, default=100_000, help="of the first run: enough to outlast the others")
     today = datetime.datetime.now(datetime.UTC).date()
     parser.add_argument("--out", type=Path, default=ROOT / f"benchmarks/results/second-run-{today}.json")
     given = parser.parse_args()
