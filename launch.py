@@ -105,9 +105,7 @@ def main(argv: list[str]) -> None:
     alone = ("replay", "verify_resume", "benchmark", "profile")
     if distributed.several() and (whole_sweep or FLAGS.mode in alone):
         raise BadInput(f"a sweep and --mode={', '.join(alone)} are of one process; start it once")
-    # with the process, as two runs may start in one second
-    now = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
-    workdir = Path(FLAGS.workdir or distributed.share(f"runs/{FLAGS.experiment}/{now}"))
+    workdir = Path(FLAGS.workdir or distributed.share(new_workdir()))
     with distributed.together():
         module = configs.load(FLAGS.experiment, ROOT)
         # of a run that goes on: its config, and the flags that are given
@@ -131,6 +129,11 @@ def main(argv: list[str]) -> None:
         exp = module.experiment(config)
     modes = {"train": train, "evaluate": evaluate, "replay": replay, "benchmark": benchmark, "profile": profile}
     modes[FLAGS.mode](exp, workdir)
+
+
+def new_workdir() -> str:
+    """With the process, as two runs may start in one second."""
+    return f"runs/{FLAGS.experiment}/{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
 
 
 def cache() -> Path:
@@ -234,6 +237,11 @@ def evaluate(exp, workdir: Path) -> None:
         print(log.evaluation_table(found))
 
 
+def say(text: str) -> None:
+    """Progress, beside what is printed as the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def quiet(*_) -> None:
     """What is said where another process speaks."""
 
@@ -248,9 +256,6 @@ def benchmark(exp, workdir: Path) -> None:
     import jax
 
     from jaxcompute.compute import benchmark, energy, inference
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
 
     make(workdir)
     if FLAGS.inference:
@@ -321,11 +326,9 @@ def slurm() -> NoReturn:
     from jaxcompute.sweep import grid, slurm
 
     module = configs.load(FLAGS.experiment, ROOT)
-    workdir = Path(FLAGS.workdir or f"runs/{FLAGS.experiment}/{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}")
-    workdir = workdir.absolute()
-    config = configs.from_flags(
-        module.Config, config_of(workdir, module.Config)
-    )  # told before a job waits for its turn
+    workdir = Path(FLAGS.workdir or new_workdir()).absolute()
+    # what is wrong with it is told before a job waits for its turn
+    config = configs.from_flags(module.Config, config_of(workdir, module.Config))
     points = grid.points(config, FLAGS.sweep) if FLAGS.sweep else []
     grid.check(workdir, config, points)
     missing = grid.missing(workdir, points)
@@ -340,9 +343,6 @@ def slurm() -> NoReturn:
     if FLAGS.dry_run:
         print(job.script(command))
         sys.exit(0)
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
 
     def tell(task: slurm.Task) -> None:
         where = grid.name(points[int(task.number)]) if task.number.isdecimal() else task.number

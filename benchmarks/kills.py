@@ -21,7 +21,6 @@ import datetime
 import math
 import multiprocessing
 import os
-import platform
 import random
 import re
 import shutil
@@ -42,6 +41,7 @@ from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttribut
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import machine  # noqa: E402
 from jaxcompute import checkpoint, log, sharding, train, verify  # noqa: E402
 from jaxcompute import config as configs  # noqa: E402
 
@@ -329,14 +329,7 @@ def events_differ(unbroken: Path, killed: Path) -> list[str]:
 
 
 def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    model = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-    return f"{model}, {os.cpu_count()} threads"
+    return f"{machine.processor()}, {os.cpu_count()} threads"
 
 
 if __name__ == "__main__":

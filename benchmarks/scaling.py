@@ -31,7 +31,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.machine import processor  # noqa: E402
 from jaxcompute import log  # noqa: E402
+from jaxcompute.compute import hlo  # noqa: E402
 
 TIMED: dict[str, dict[str, Any]] = {  # experiment -> its fields, of one process
     "digits_mlp": {"features": (1024, 1024), "batch_size": 256},
@@ -41,8 +43,6 @@ COMPILED: dict[str, dict[str, Any]] = {
     "digits_mlp": {"features": (2048, 2048), "batch_size": 256},
     "cifar_resnet": {"batch_size": 64},
 }
-SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-SIZES |= {"s64": 8, "u64": 8, "f64": 8}
 COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", re.MULTILINE
 )
@@ -221,7 +221,7 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     for shapes, kind in COLLECTIVE.findall(text):
         counts[kind] += 1
         for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes):
-            total[kind] += SIZES[dtype] * math.prod(int(n) for n in dims.split(",") if n)
+            total[kind] += hlo.BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n)
     return {kind: {"count": counts[kind], "bytes": total[kind]} for kind in sorted(counts)}
 
 
@@ -232,11 +232,6 @@ def cores() -> int:
     """Physical ones; threads that share a core are one."""
     files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list")
     return len({file.read_text() for file in files}) or os.cpu_count() or 1
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ sums its metrics. The peers are given a batch that is ready.
 import argparse
 import datetime
 import os
-import platform
 import statistics
 import sys
 import time
@@ -109,15 +108,12 @@ def facts() -> tuple[str, str]:
     """What this ran on, and PyTorch's version."""
     import jax
 
-    from benchmarks import peers
+    from benchmarks import machine, peers
 
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind, peers.torch.__version__ if peers.torch else "none"
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"one core of {(models or [platform.processor()])[0]}", peers.torch.__version__ if peers.torch else "none"
+    return f"one core of {machine.processor()}", peers.torch.__version__ if peers.torch else "none"
 
 
 # -- the contenders ----------------------------------------------------------------------------------------------------

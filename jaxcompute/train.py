@@ -437,7 +437,7 @@ def claim(workdir: Path, exp: Experiment, allow_changes: bool) -> None:
     Raises:
         BadInput: names each field that differs, old and new.
     """
-    saved, name = log.read_config(workdir), _name(exp)
+    saved, name = log.read_config(workdir), name_of(exp)
     if saved is None:
         if there := checkpoint.steps(workdir / "checkpoints"):
             mend = "bring it back, or take another --workdir"
@@ -503,7 +503,7 @@ def leave_config(workdir: Path, exp: Experiment, mesh: jax.sharding.Mesh, run: M
     """config.json of a new run, or of one that goes on with changes."""
     saved = log.read_config(workdir)
     if saved is None or anew or saved["config"] != _plain(exp.config):
-        facts = {"experiment": _name(exp), **_devices(mesh), "fingerprint": run}
+        facts = {"experiment": name_of(exp), **_devices(mesh), "fingerprint": run}
         # as durable as the checkpoints, which are nothing without it; `Saver` syncs the folder
         log.write_json(workdir / "config.json", log.describe(_plain(exp.config), **facts), sync=True)
 
@@ -513,7 +513,8 @@ def _devices(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     return {"device": device.device_kind, "platform": device.platform, "devices": mesh.size}
 
 
-def _name(exp: Experiment) -> str:
+def name_of(exp: Experiment) -> str:
+    """That of its file."""
     return type(exp.config).__module__.rpartition(".")[2]
 
 

@@ -316,7 +316,7 @@ def run(
         strong = [point(Setting(fastest, batch, n)) for n in several]
         weak = [point(Setting(fastest, batch * n, n)) for n in counts(total)]
     found = Benchmark(
-        experiment=type(exp.config).__module__.rpartition(".")[2],
+        experiment=train.name_of(exp),
         device=device.device_kind,
         devices=total,
         roofs=higher(top, roofs()) if top.source == MEASURED else top,

@@ -161,7 +161,7 @@ def run(
         best = max(found, key=lambda point: point.examples_per_sec)
         say(f"batch {size}: {best.examples_per_sec:,.0f} examples/s, {min(p.p50 for p in found):.3g} ms")
         points += found
-    name = type(exp.config).__module__.rpartition(".")[2]
+    name = train.name_of(exp)
     return Inference(name, device.device_kind, exp.config.precision, points, len(folding.shifts), error, agreed)
 
 

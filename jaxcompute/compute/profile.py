@@ -115,7 +115,7 @@ def traced(program: train.Program, workdir: Path, seconds: float) -> Profile:
         host,
         hlo.read(program.compiled(count).as_text() or ""),
         calls * count,
-        experiment=type(program.exp.config).__module__.rpartition(".")[2],
+        experiment=train.name_of(program.exp),
         device=mesh.devices.flat[0].device_kind,
         precision=program.exp.config.precision,
         ms=1e3 * plain,
