@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 Padding = tuple[tuple[int, int], tuple[int, int]]  # above and below, left and right
 TILE = 2**20  # bytes of gradient at a time: with the rows that meet it, what a core's cache holds
-BAND = 100_000  # elements of a band matrix, at most
 
 
 def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, **more: Any) -> jax.Array:
@@ -23,8 +22,10 @@ def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, 
     0.55, of 64 0.46 to 0.80, of 128 0.53, of 256 0.93 (ResNet-20's and ResNet-18's sizes); in bfloat16 0.55 to 0.84, of
     256 1.08.
 
-    Few channels, a small image, 16 examples or more: `by_band`. LeNet-5's C1 forward 0.22, its gradient 1.18, C3
-    forward 1.05, its gradients 0.39 (in bfloat16 0.27, 1.60, 1.09, 0.73), the whole step 0.6; of one example 1.5.
+    Fewer than 16 channels to 64 features at most (in bfloat16 to 16), of 16 examples or more: `by_band`. Forward, the
+    kernel's gradient, and of C3 the input's: LeNet-5's C1 0.16, 0.73, C3 0.93, 1.14, 0.27; 3x3 of 1 channel to 64 0.69,
+    0.33, of 3 to 16 0.38, 0.81, of 3 to 64 1.98, 0.55; in bfloat16 C1 0.17, 0.76, C3 1.16, 1.49, 0.66, of 3 to 16 0.59,
+    1.48.
 
     As any `custom_vjp` these take no forward-mode derivative.
     """
@@ -35,8 +36,8 @@ def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, 
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
     pads: Any = tuple(map(tuple, padding))
-    width = x.shape[2] + sum(pads[1])
-    if len(x) >= 16 and min(window) > 1 and window[0] * width * (width - window[1] + 1) * math.prod(channels) <= BAND:
+    few = channels[0] < 16 and channels[1] <= (16 if x.dtype == jnp.bfloat16 else 64)
+    if few and len(x) >= 16 and min(window) > 1:
         return _band(pads, x, kernel)
     if 16 <= min(channels) <= max(channels) <= 256 and one_cpu():
         return _rows(pads, x, kernel)
@@ -124,16 +125,21 @@ _band.defvjp(_band_forward, _band_backward)
 
 
 def by_band(padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The convolution as one matrix product, of whole lines: W / w times the work, done at a product's speed.
+    """The convolution as one matrix product, of pieces of lines: (u + w - 1) / w times the work, at a product's speed.
 
-    Line y of the output, [W' D], is lines y to y + h - 1 of x, [h W C], times a matrix [h W C, W' D] that has the
+    A piece, [u D] outputs side by side in a line, is the h (u + w - 1) C inputs above it times a matrix that has the
     kernel along its diagonals and zeros beside them.
     """
-    (height, width, _, features), batch = kernel.shape, len(x)
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    rows, columns = x.shape[1] - height + 1, x.shape[2] - width + 1
-    place = jnp.stack([jnp.eye(x.shape[2], columns, -j, kernel.dtype) for j in range(width)])  # [w, W, W']
-    band = jnp.einsum("hwcd,wuv->hucvd", kernel, place).reshape(-1, columns * features)
-    lines = x.reshape(batch, x.shape[1], -1)
-    lines = jnp.concatenate([lines[:, i : i + rows] for i in range(height)], -1)
-    return (lines.reshape(batch * rows, -1) @ band).reshape(batch, rows, columns, features)
+    (height, width, channels, features), batch = kernel.shape, len(x)
+    rows, columns = (x.shape[i + 1] + sum(padding[i]) - kernel.shape[i] + 1 for i in (0, 1))
+    pieces = max(1, columns // max(4, math.ceil(64 / features)))  # not so narrow that a product were slow
+    u = math.ceil(columns / pieces)
+    x = jnp.pad(x, ((0, 0), padding[0], (padding[1][0], padding[1][1] + pieces * u - columns), (0, 0)))
+
+    place = jnp.stack([jnp.eye(u + width - 1, u, -j, dtype=kernel.dtype) for j in range(width)])
+    band = jnp.einsum("hwcd,wuv->hucvd", kernel, place).reshape(-1, u * features)
+    across = jnp.stack([x[:, :, i * u : (i + 1) * u + width - 1] for i in range(pieces)], 2)
+    across = across.reshape(batch, x.shape[1], pieces, (u + width - 1) * channels)
+    down = jnp.concatenate([across[:, i : i + rows] for i in range(height)], -1)
+    y = down.reshape(batch * rows * pieces, -1) @ band
+    return y.reshape(batch, rows, pieces * u, features)[:, :, :columns]
