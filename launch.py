@@ -26,7 +26,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 from jaxcompute import config as configs
-from jaxcompute import log
+from jaxcompute import log, stops
 from jaxcompute.errors import BadInput, Elsewhere
 
 ROOT = Path(__file__).parent / "experiments"
@@ -209,7 +209,7 @@ def train(exp, workdir: Path) -> None:
         say(str(error))
         sys.exit(1)
     except trainer.Preempted as stop:
-        for signum in trainer.STOPS:
+        for signum in stops.STOPS:
             signal.signal(signum, signal.SIG_IGN)  # it is on its way out, with the first one's exit code
         say("\n".join([str(stop), *getattr(stop, "__notes__", []), f"to go on: {again}"]))
         sys.exit(128 + stop.signum)

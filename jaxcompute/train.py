@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompute import checkpoint, distributed, flops, log, metrics, sharding, step
+from jaxcompute import checkpoint, distributed, flops, log, metrics, sharding, step, stops
 from jaxcompute.core import Batch, Experiment, Run, Source, State, Writer
 from jaxcompute.errors import BadInput, Elsewhere
 from jaxcompute.metrics import Last, Mean, Metrics
@@ -41,8 +41,6 @@ FREE = {"steps", "epochs", "log_every", "eval_every", "save_every", "keep_last",
 FREE |= {"mesh_data", "mesh_fsdp", "mesh_model"}
 
 
-# each asks a run to save and end; SIGHUP comes of a terminal that is closed
-STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 # Calls in flight on several CPU devices: with more than 32 their collectives wait for one another, and after 40 s XLA
 # ends the process (jax 0.10.2).
 CPU_AHEAD = 16
@@ -375,7 +373,7 @@ def fit(
     Raises:
         BadInput: a config, a mesh or a checkpoint that does not fit, or another run in the work directory.
         NonFinite: a loss or gradient was not finite; the checkpoints before it stand, and nonfinite/ has that step.
-        Preempted: a signal of STOPS came; the State has been saved.
+        Preempted: a signal of `stops` came; the State has been saved.
         OutOfMemory: the step doesn't fit the devices' memory, by the forecast before step 0 or as it ran.
         Recompile: the batches changed their shape or dtype under way.
     """
@@ -878,14 +876,9 @@ class Clock:
         return values
 
 
-def _without_terminal(signum: int) -> bool:
-    """As nohup starts a run."""
-    return signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN
-
-
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that the signals of STOPS are put into; the loop looks at it, for nothing is safe inside a handler.
+    """A list that the signals of `stops` are put into; the loop looks at it, for nothing is safe inside a handler.
 
     Those that follow change nothing: what the first began, a save, is done within seconds.
     """
@@ -897,12 +890,8 @@ def stop_signals() -> Iterator[list[int]]:
     def note(signum: int, frame: Any) -> None:
         seen.append(signum)
 
-    old = {signum: signal.signal(signum, note) for signum in STOPS if not _without_terminal(signum)}
-    try:
+    with stops.handled(note):
         yield seen
-    finally:
-        for signum, handler in old.items():
-            signal.signal(signum, handler)
 
 
 def evaluate_checkpoint(exp: Experiment, workdir: Path, say: Callable[[str], None] = print) -> dict[str, Any]:

@@ -45,8 +45,8 @@ def stop(number, frame):
     time.sleep(0.3)  # a save; a second signal would be seen
     sys.exit(0)
 
-signal.signal(signal.SIGTERM, stop)
-signal.signal(signal.SIGINT, stop)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, stop)
 log.status(workdir, "running", step=0, of=2)
 if (lr, seed) == (0.5, 0):
     sys.exit(1)
@@ -152,7 +152,7 @@ def test_all_done_is_exit_0(tmp_path: Path, launch: list[str]):
     assert grid.run(tmp_path / "s", launch, grid.points(Config(), ["lr=0.2", "seed=3"]), ("accuracy", "max")) == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stop_reaches_the_child_once_and_the_same_command_goes_on(
     tmp_path: Path, launch: list[str], number: signal.Signals, request: pytest.FixtureRequest
 ):
@@ -165,6 +165,7 @@ def test_a_stop_reaches_the_child_once_and_the_same_command_goes_on(
     """)
 
     def start() -> subprocess.Popen:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
         pipe = subprocess.PIPE
         parent = subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True, process_group=0)
         request.addfinalizer(parent.kill)

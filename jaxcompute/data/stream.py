@@ -32,6 +32,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxcompute import stops
 from jaxcompute.data import order, sources
 from jaxcompute.errors import BadInput
 
@@ -172,7 +173,7 @@ def work() -> None:
 
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no answer
-    for stop in (signal.SIGTERM, signal.SIGUSR1):  # of a cluster, to all of a job: the run saves, and then ends us
+    for stop in stops.CLUSTER:  # the run saves, and then ends us; a terminal's do not come here
         signal.signal(stop, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     warnings.simplefilter("error", Image.DecompressionBombWarning)

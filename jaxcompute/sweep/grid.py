@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxcompute import config as configs
-from jaxcompute import log
+from jaxcompute import log, stops
 from jaxcompute.errors import BadInput
 
 AUTO = (("precision", "auto"), ("steps_per_call", 0))  # a run writes down what these became
@@ -96,8 +96,8 @@ def flags_of_children(argv: Sequence[str], own: Sequence[str] = ("sweep", "workd
 def run(workdir: Path, command: Sequence[str], points: Sequence[Point], best: tuple[str, Literal["max", "min"]]) -> int:
     """Run the points that are not done, one after the other; leave the table as sweep.csv, sweep.md and on the screen.
 
-    A point that fails does not stop the others. SIGINT, SIGTERM and SIGUSR1 go to the running child, which saves
-    itself; then the sweep ends.
+    A point that fails does not stop the others. A signal of `stops` goes to the running child, which saves itself; then
+    the sweep ends.
 
     Args:
         workdir: of the sweep; each point has the directory `name(point)` in it.
@@ -164,12 +164,8 @@ def _forwarding() -> Iterator[tuple[Callable[[Sequence[str]], subprocess.Popen],
             child[0].send_signal(number)
         return child[0]
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
+    with stops.handled(forward):
         yield start, lambda: got
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import io
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxcompute import stops
 from jaxcompute.errors import BadInput
 
 try:
@@ -32,7 +32,7 @@ except ModuleNotFoundError:
     raise BadInput("--launcher=slurm needs submitit: pip install -e '.[slurm]'") from None
 
 GRACE = 120  # seconds from SIGTERM to the end of a job's time: for a step, an evaluation and a save
-STOPPED = [128 + signum for signum in (signal.SIGUSR1, signal.SIGTERM)]  # exit codes of a run that saved itself
+STOPPED = [128 + number for number in sorted(stops.CLUSTER)]  # exit codes of a run that saved itself
 REQUEUE = f"""
 code=$?
 # stopped from outside, and saved: into the queue again
