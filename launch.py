@@ -25,8 +25,8 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from jaxcompute import cache, log, stops
 from jaxcompute import config as configs
-from jaxcompute import log, stops
 from jaxcompute.errors import BadInput, Elsewhere
 
 ROOT = Path(__file__).parent / "experiments"
@@ -114,9 +114,7 @@ def main(argv: list[str]) -> None:
             point = grid.point(config, FLAGS.sweep, FLAGS.point)
             workdir /= grid.name(point)
             config = configs.replace(configs.from_flags(module.Config, config_of(workdir, module.Config)), point)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    cache.keep()
     jax.config.update("jax_enable_x64", config.precision == "float64")
 
     if whole_sweep:
@@ -136,24 +134,14 @@ def new_workdir() -> str:
     return f"runs/{FLAGS.experiment}/{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
 
 
-def cache() -> Path:
-    """Where what was compiled is kept."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxcompute" / "xla"
-    except RuntimeError:  # a container's user, say
-        raise BadInput("this user has no home folder: set XDG_CACHE_HOME to a folder for caches") from None
-
-
 def doctor() -> NoReturn:
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache())
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.folder()
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     from jaxcompute.compute import doctor
     from jaxcompute.data import sources
 
     logging.set_verbosity(logging.WARNING)
-    compiled = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-    sys.exit(doctor.run(compiled, Path(FLAGS.workdir or "runs"), sources.data_dir(), FLAGS.json))
+    sys.exit(doctor.run(Path(cache.folder()), Path(FLAGS.workdir or "runs"), sources.data_dir(), FLAGS.json))
 
 
 def config_of(workdir: Path, cls: type):

@@ -17,6 +17,7 @@ MAY = {
     "sharding": {"core"},
     "log": {"core", "metrics"},
     "checkpoint": {"core", "metrics"},
+    "cache": set(),
     "distributed": set(),
     "flops": set(),
     "train": {"core", "step", "sharding", "checkpoint", "distributed", "flops", "log", "metrics"},
@@ -39,9 +40,9 @@ MAY = {
     "": set(),
 }
 EXPERIMENTS = {"core", "config", "step", "metrics", "models", "data", "losses", "optim", "sharding"}
-FREE_OF_JAX = ["config.py", "log.py", "stops.py", "data/order.py", "data/sources.py", "data/stream.py"]
+FREE_OF_JAX = ["cache.py", "config.py", "log.py", "stops.py", "data/order.py", "data/sources.py", "data/stream.py"]
 FREE_OF_JAX += ["sweep/grid.py", "sweep/slurm.py", "compute/doctor.py"]
-LAUNCH = {"config", "data", "train", "distributed", "sharding", "replay", "verify", "log"}
+LAUNCH = {"cache", "config", "data", "train", "distributed", "sharding", "replay", "verify", "log"}
 LAUNCH |= {"sweep", "compute", "report", "deploy"}
 
 
