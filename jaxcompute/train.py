@@ -126,6 +126,11 @@ def resolve(exp: Experiment, mesh: jax.sharding.Mesh) -> Experiment:
     if exp.steps * config.batch_size > 2**32:  # the order of examples is counted in uint32
         most = 2**32 // config.batch_size
         raise BadInput(f"{exp.steps:,} steps of --config.batch_size={config.batch_size}: take {most:,} steps at most")
+    most = (2**31 - 1) // config.batch_size  # a `metrics.Mean` counts in int32
+    if min(config.log_every, exp.steps) > most:
+        raise BadInput(
+            f"--config.log_every={config.log_every}: of --config.batch_size={config.batch_size} take {most:,} at most"
+        )
     for name, source in {"train": exp.train, "eval": exp.eval}.items() if exp.classes else ():
         label = source.feed(0).get("label") if source.resident else None
         if label is not None and label.dtype.kind in "iu" and label.max() >= len(exp.classes):
@@ -387,7 +392,7 @@ def fit(
             if workdir:
                 claim(workdir, exp, allow_changes)
             if home:
-                checkpoint.clean(home / "checkpoints")
+                checkpoint.clean(home / "checkpoints")  # before any is restored: it puts back what was being replaced
 
         def ended(kind: Literal["done", "preempted", "failed"], at: int, why: object = "") -> str:
             """The digest of the State that is saved at this step."""

@@ -473,6 +473,13 @@ def test_a_run_so_long_that_its_order_would_start_over_is_refused():
         fit(tiny.mlp(**on(1, steps=2**29 + 1)))
 
 
+def test_a_log_period_so_long_that_its_count_would_overflow_is_refused():
+    fits = tiny.mlp(**on(1, steps=2**28, log_every=2**28 - 1))
+    assert train.resolve(fits, sharding.make_mesh(fits.config))
+    with pytest.raises(BadInput, match=r"log_every=268435456: .* take 268,435,455 at most"):
+        fit(tiny.mlp(**on(1, steps=2**28, log_every=2**28)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Drifting:
     """A source whose batches are changed from a step on."""
