@@ -57,7 +57,11 @@ SwitchType=switch/none
 ReturnToService=2
 SlurmdParameters=config_overrides
 NodeName=$node NodeAddr=127.0.0.1 CPUs=$cpus RealMemory=1000 State=UNKNOWN
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 PartitionName=debug Nodes=$node Default=YES MaxTime=INFINITE State=UP
+PartitionName=warned Nodes=$node GraceTime=60 MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes=$node PriorityTier=9 PreemptMode=OFF MaxTime=INFINITE State=UP
 CONF
 munged --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" --pid-file="$dir/munged.pid" \
   --log-file="$dir/munged.log" --seed-file="$dir/munged.seed" --num-threads=1

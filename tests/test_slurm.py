@@ -18,6 +18,7 @@ from jaxcompute import log
 ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, str(ROOT / "launch.py")]
 SMALL = ["--experiment=digits_mlp", "--config.features=16", "--config.log_every=500"]
+LONG = [*SMALL, "--config.steps=9000", "--config.eval_every=4500", "--config.save_every=500"]
 
 
 # -- without Slurm -----------------------------------------------------------------------------------------------------
@@ -95,6 +96,15 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     subprocess.run([*script, "stop", str(folder)], check=True, timeout=60)
 
 
+@pytest.fixture(scope="module")
+def unbroken(launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What LONG leaves where nobody stops it."""
+    workdir = tmp_path_factory.mktemp("unbroken")
+    whole = launcher(*LONG, f"--workdir={workdir}", cwd=ROOT)
+    assert whole.code == 0, whole
+    return workdir
+
+
 def start(env: dict[str, str], *command: str) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, cwd=ROOT)
@@ -113,23 +123,51 @@ def job(workdir: Path) -> str:
     return script.name.partition("_")[0]
 
 
-def test_a_job_that_is_told_to_stop_goes_on_in_the_queue_to_the_bits_of_an_unbroken_run(slurm, launcher, tmp_path):
-    flags = [*SMALL, "--config.steps=9000", "--config.eval_every=4500", "--config.save_every=500"]
-    follower = start(slurm, *LAUNCH, *flags, "--launcher=slurm", f"--workdir={tmp_path / 'job'}")
+# How Slurm may stop a job: its number, and its process's.
+
+
+def scancel(slurm: dict[str, str], number: str, pid: int) -> None:
+    subprocess.run(["scancel", "--signal=TERM", number], check=True, env=slurm)
+
+
+def preempted(slurm: dict[str, str], number: str, pid: int) -> None:
+    """By a job that takes the whole node, which Slurm gives a few seconds' life."""
+    command = ["sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    subprocess.run(command, check=True, env=slurm, stdout=subprocess.DEVNULL)
+
+
+def time_is_up(slurm: dict[str, str], number: str, pid: int) -> None:
+    """The run stands still until Slurm, which looks twice a minute, sends it SIGTERM and with it SIGCONT."""
+    os.kill(pid, signal.SIGSTOP)
+
+
+@pytest.mark.parametrize(
+    ("stop", "flags"),
+    [
+        (scancel, []),
+        (preempted, []),
+        (preempted, ["--sbatch=partition=warned"]),  # it is given GraceTime
+        (time_is_up, ["--time=4", "--sbatch=signal=TERM@180"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value.__name__,
+)
+def test_a_job_that_slurm_stops_goes_on_in_the_queue_to_the_bits_of_an_unbroken_run(
+    slurm, unbroken, tmp_path, stop, flags
+):
+    follower = start(slurm, *LAUNCH, *LONG, *flags, "--launcher=slurm", f"--workdir={tmp_path / 'job'}")
     wait_for(tmp_path / "job", "checkpoints/[0-9]*", follower)
     number = job(tmp_path / "job")
-    subprocess.run(["scancel", "--signal=TERM", number], check=True, env=slurm)
-    whole = launcher(*flags, f"--workdir={tmp_path / 'whole'}", cwd=ROOT)
-    out, err = follower.communicate(timeout=120)
-    assert (whole.code, follower.returncode) == (0, 0), (whole, out, err)
+    stop(slurm, number, log.read_status(tmp_path / "job")["pid"])
+    out, err = follower.communicate(timeout=300)
+    assert follower.returncode == 0, (out, err)
     assert "stopped by SIGTERM at step" in out and "resuming at step" in out and "9000/9000" in out  # its log
     states = [
         line.partition(": ")[2].partition(" ")[0] for line in err.splitlines() if line.startswith(f"job {number}: ")
     ]
     assert states[-2:] == ["running", "completed"] and states.count("running") == 2 and "pending" in states[-4:]
-    one, other = log.read_status(tmp_path / "whole"), log.read_status(tmp_path / "job")
+    one, other = log.read_status(unbroken), log.read_status(tmp_path / "job")
     assert one["digest"] == other["digest"] and one["state"] == other["state"] == "done"
-    close(tmp_path / "whole", tmp_path / "job")
+    close(unbroken, tmp_path / "job")
 
 
 def test_a_job_is_left_alone_followed_again_and_ended_for_good(slurm, tmp_path):

@@ -3,9 +3,9 @@
     python launch.py --experiment=NAME --launcher=slurm --nodes=2 --gpus_per_node=8 --time=4:00:00
 
 submitit writes and submits the batch script, which `--dry_run` prints: the same command, once for each GPU, whose
-processes find each other by Slurm's variables. Before Slurm preempts a job, and GRACE seconds before its time is up, it
-sends SIGTERM; the run saves itself and exits with 143, and the script puts the job back in the queue, where the same
-command goes on. `scancel JOB` ends it for good.
+processes find each other by Slurm's variables. As Slurm preempts a job, and GRACE seconds or up to a minute more before
+its time is up, it sends SIGTERM; the run saves itself and exits with 143, and the script puts the job back into the
+queue, where the same command goes on. `scancel JOB` ends it for good.
 
 submitit's common way pickles a function for the job to load. Here it is given the command, and nothing is pickled.
 """
