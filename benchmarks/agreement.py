@@ -46,6 +46,7 @@ OVER: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--experiments", nargs="+", default=[*EXPERIMENTS])
+    parser.add_argument("--over", nargs="+", choices=OVER, default=[*OVER], help="what is compared with 1 device")
     parser.add_argument("--at_once", type=int, default=1, help="runs")
     today = datetime.datetime.now(datetime.UTC).date()
     parser.add_argument("--out", type=Path, default=ROOT / f"benchmarks/results/agreement-{today}.json")
@@ -61,6 +62,7 @@ def main() -> None:
         for precision in ("float32", "float64")
         for name in given.experiments
         for over in OVER
+        if over in ("1 device", *given.over)
         if precision == "float32" or "nudged" not in over
     ]
 
