@@ -204,7 +204,7 @@ def live(argv: list[str], screen: Path, cache: Path) -> None:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
     sys.argv = argv
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)  # launch tells jax
     import launch
 
     launch.launch()
