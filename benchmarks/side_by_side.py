@@ -182,10 +182,12 @@ def compare(name: str, options: argparse.Namespace) -> list[Timing]:
     def flat(tree):
         return np.asarray(ravel_pytree(tree)[0], np.float64)
 
-    ours = jax.jit(lambda s: step.gradient(exp, s, batch, jax.random.key(0)))(state)
+    # batches as arguments: 154 MB of ResNet-50's would else be a constant of each program
+    ours = jax.jit(lambda s, b: step.gradient(exp, s, b, jax.random.key(0)))(state, batch)
     losses = {"ours": float(ours[2]["loss"].compute())}
     grads = {"ours": flat(ours[0])}
-    linen = jax.jit(jax.value_and_grad(lambda p: peers.linen_loss(model, dtype, p, mutable, image, label)[0]))(params)
+    linen_loss = jax.value_and_grad(lambda p, *batch: peers.linen_loss(model, dtype, p, mutable, *batch)[0])
+    linen = jax.jit(linen_loss)(params, image, label)
     losses["linen"], grads["linen"] = float(linen[0]), flat(linen[1])
     makers: dict[str, Callable[[], Any]] = {}
     torch_image = torch_label = None

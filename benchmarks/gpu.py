@@ -1,0 +1,241 @@
+"""The GPU suite: all that is to be measured on one NVIDIA GPU, in stages, by one command.
+
+    python benchmarks/gpu.py --out=DIR                                  every stage, those of most worth first
+    python benchmarks/gpu.py --out=DIR --limit_s=500 --pieces=PIECES    within so many seconds, CIFAR-10 unpacked first
+    JAX_PLATFORMS=cpu python benchmarks/gpu.py --out=DIR --tiny         proof that all of it runs, on any machine
+
+A stage (gpu_stages.py) has a process of its own and leaves DIR/<stage>.json and DIR/<stage>.log. The same command goes
+on: what is done is not done again, what failed is. A stage that would not fit into the time that is left is not begun.
+DIR/summary.txt and summary.json have the figures of all stages; they and a packed trace are copied to --back, for a
+machine that gives few files back. Nothing is fetched: the machine needs jax, flax, optax and orbax, and for the peers
+PyTorch. CIFAR-10 comes from the data folder or from the two pieces of pack_cifar.py; without it made-up images serve,
+but for the speedruns, which are left out.
+
+Its figures on a GPU are open: it has been run on the CPU alone, where speed means nothing.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import gpu_stages as stages
+from benchmarks import machine, pack_cifar
+from jaxcompute import log
+from jaxcompute.compute import nvml
+from jaxcompute.data import sources
+from jaxcompute.errors import BadInput
+
+
+class Stage(NamedTuple):
+    run: Callable[..., dict[str, Any]]
+    seconds: float  # that it takes on an H100, estimated; it is ended after three times as many
+    images: Literal["none", "any", "real"] = "none"  # of CIFAR-10
+
+
+STAGES = {
+    "correct": Stage(stages.correct, 90),
+    "peers_resnet18": Stage(partial(stages.peers, work="resnet18_b256"), 90),
+    "peers_resnet50": Stage(partial(stages.peers, work="resnet50"), 150),
+    "speedrun": Stage(stages.speedrun, 100, "real"),
+    "speedrun_torch": Stage(stages.speedrun_torch, 90, "real"),
+    "restore": Stage(stages.restore, 40),
+    "resume": Stage(stages.resume, 45),
+    "deterministic": Stage(stages.deterministic, 80),
+    "roofs": Stage(stages.roofs, 80),
+    "sweep": Stage(stages.sweep, 200, "any"),
+    "loops": Stage(stages.loops, 90, "any"),
+    "profile": Stage(stages.profiled, 45, "any"),
+    "doctor": Stage(stages.doctor, 25),
+    "inference": Stage(partial(stages.peers, work="resnet18_b256", jobs="1,32,256"), 80),
+    "benchmark": Stage(stages.benchmarked, 240, "any"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of all that is left")
+    parser.add_argument("--stages", default=",".join(STAGES), help="by default all: %(default)s")
+    parser.add_argument("--limit_s", type=float, default=float("inf"), help="seconds for all of it")
+    parser.add_argument("--pieces", type=Path, help="folder of the pieces of CIFAR-10, or of one of them, or of none")
+    parser.add_argument("--back", type=Path, help="folder for the summary and the trace: four files")
+    parser.add_argument("--tiny", action="store_true", help="small nets, few steps: only that it runs")
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    given.out = given.out.absolute()
+    if given.stage:
+        sys.exit(one(given.stage, given.out, given.tiny))
+    names = given.stages.split(",")
+    if unknown := [name for name in names if name not in STAGES]:
+        parser.error(f"--stages={','.join(unknown)}: there are {', '.join(STAGES)}")
+    suite(names, given)
+
+
+def suite(names: list[str], given: argparse.Namespace) -> None:
+    """The stages one after the other, those that are done left alone."""
+    end = time.monotonic() + given.limit_s
+    given.out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault(
+        "JAX_COMPILATION_CACHE_DIR", str(given.out / "cache")
+    )  # what one stage compiles serves others
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    real = bring_images(given, {STAGES[name].images for name in names})
+    for name in names:
+        stage, left = STAGES[name], end - time.monotonic()
+        if (told := read(given.out, name)) and told["state"] == "done":
+            print(f"{name}: done before", flush=True)
+        elif stage.seconds > left:
+            print(f"{name}: not begun, as it takes some {stage.seconds:.0f} s and {max(0, left):.0f} s are left")
+        elif stage.images == "real" and not (real or given.tiny):
+            leave(given.out, name, "left out", 0, why="CIFAR-10 is not here: bring both pieces, --pieces=DIR")
+        else:
+            print(f"{name}: some {stage.seconds:.0f} s on an H100", flush=True)
+            begin(name, given, min(left, 3 * stage.seconds) if given.limit_s < float("inf") else None)
+        summarise(given)
+    print((given.out / "summary.txt").read_text(), end="")
+
+
+def bring_images(given: argparse.Namespace, wanted: set[str]) -> bool:
+    """Have a CIFAR-10 in the data folder that the stages see; whether it is the real one."""
+    if wanted <= {"none"}:
+        return False
+    own = given.out / "data"
+    if given.pieces and not (own / "jaxcompute/cifar10.npz").exists():
+        try:
+            print(f"unpacked {pack_cifar.place(given.pieces, own)}", flush=True)
+        except BadInput as error:
+            print(error, flush=True)
+    for folder in (own, sources.data_dir()):
+        if (folder / "jaxcompute/cifar10.npz").exists():
+            os.environ["JAXCOMPUTE_DATA_DIR"] = str(folder)
+            return True
+    made_up = given.out / "made_up"
+    pack_cifar.make_up(made_up)
+    os.environ["JAXCOMPUTE_DATA_DIR"] = str(made_up)
+    return False
+
+
+# -- a stage -----------------------------------------------------------------------------------------------------------
+
+
+def begin(name: str, given: argparse.Namespace, seconds: float | None) -> None:
+    """In a process of its own, ended with all that it started after so many seconds."""
+    command = [sys.executable, __file__, f"--stage={name}", f"--out={given.out}", *(["--tiny"] if given.tiny else [])]
+    (given.out / f"{name}.json").unlink(missing_ok=True)
+    began, why = time.monotonic(), ""
+    with (given.out / f"{name}.log").open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(seconds)
+            why = f"its process ended with exit code {code}"
+        except subprocess.TimeoutExpired:
+            why = f"it took more than {seconds:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if read(given.out, name) is None:
+        leave(given.out, name, "failed", time.monotonic() - began, why=why)
+    told = read(given.out, name) or {}
+    print(
+        f"{name}: {told['state']} after {time.monotonic() - began:.0f} s{told['why'] and ': ' + told['why']}",
+        flush=True,
+    )
+
+
+def one(name: str, out: Path, tiny: bool) -> int:
+    """The stage itself; its result is left as JSON whatever comes of it."""
+    began = time.monotonic()
+    try:
+        facts = STAGES[name].run(out, tiny)
+    except stages.LeftOut as why:
+        leave(out, name, "left out", time.monotonic() - began, why=str(why))
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        why = f"{type(error).__name__}: {error}"
+        leave(out, name, "failed", time.monotonic() - began, why=why, traceback=traceback.format_exc())
+        return 1
+    else:
+        rows = [stages.Row(*row)._asdict() for row in facts.pop("rows")]
+        leave(out, name, "done", time.monotonic() - began, rows=rows, facts=facts)
+    return 0
+
+
+def leave(out: Path, name: str, state: str, seconds: float, why: str = "", **told: Any) -> None:
+    log.write_json(out / f"{name}.json", {"stage": name, "state": state, "seconds": seconds, "why": why, **told})
+
+
+def read(out: Path, name: str) -> dict[str, Any] | None:
+    return log.read_json(out / f"{name}.json")
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+def summarise(given: argparse.Namespace) -> None:
+    """Anew after each stage, so that nothing is lost where the time runs out."""
+    told = {name: found for name in STAGES if (found := read(given.out, name))}
+    facts = {"tiny": given.tiny, "machine": this_machine()}
+    log.write_json(given.out / "summary.json", log.describe({}, **facts, stages=told))
+    lines = [
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d} {facts['machine']}" + given.tiny * ", tiny: no speeds",
+        "",
+    ]
+    rows = [(name, found["state"], f"{found['seconds']:.0f}", found["why"][:90]) for name, found in told.items()]
+    lines += [log.table(rows, ("stage", "state", "s", "why")), ""]
+    figures = [
+        (
+            name,
+            row["what"],
+            shown(row["value"]),
+            row["unit"],
+            row["goal"],
+            {None: "", True: "yes", False: "NO"}[row["holds"]],
+        )
+        for name, found in told.items()
+        for row in found.get("rows", ())
+    ]
+    lines.append(log.table(figures, ("stage", "figure", "value", "unit", "goal", "reached")))
+    log.replace_file(given.out / "summary.txt", "\n".join(lines) + "\n")
+    if given.back:
+        given.back.mkdir(parents=True, exist_ok=True)
+        for file in ("summary.json", "summary.txt", stages.TRACE):
+            if (given.out / file).exists() and (given.out / file).stat().st_size < 2**24:
+                shutil.copy(given.out / file, given.back / file)
+
+
+def shown(value: Any) -> str:
+    if not isinstance(value, float):
+        return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def this_machine() -> dict[str, Any]:
+    """Chip, driver and versions; without jax, which would take the GPU's memory."""
+    versions = {}
+    for name in ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "optax", "torch", "triton", "nvidia-cudnn-cu13"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    try:
+        driver = nvml.driver()
+    except nvml.Missing as error:
+        return {"processor": machine.processor(), "driver": str(error), "versions": versions}
+    chips = [f"{gpu.name}, {gpu.memory / 2**30:.0f} GiB, {gpu.power_cap or 0:.0f} W" for gpu in driver.gpus]
+    return {"chips": chips, "driver": driver.version, "cuda": driver.cuda, "versions": versions}
+
+
+if __name__ == "__main__":
+    main()

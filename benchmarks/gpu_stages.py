@@ -1,0 +1,534 @@
+"""What the GPU suite measures, a function a stage; gpu.py runs each in a process of its own.
+
+A stage is given where things are left and whether it is only to prove that it runs, `tiny`. It returns `rows`, the
+figures with their goals, and what else is worth keeping. Where something it needs is missing, it raises LeftOut.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import gzip
+import importlib
+import importlib.util
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from jaxcompute.errors import BadInput
+
+ROOT = Path(__file__).parents[1]
+TRACE = "trace.xplane.pb.gz"
+Facts = dict[str, Any]
+
+
+class LeftOut(Exception):
+    """A stage can't be run here, and why."""
+
+
+class Row(NamedTuple):
+    """A figure, and where there is a goal whether it is reached."""
+
+    what: str
+    value: Any
+    unit: str = ""
+    goal: str = ""
+    holds: bool | None = None
+
+
+def at_least(goal: float, what: str, value: float, unit: str = "") -> Row:
+    return Row(what, value, unit, f">= {goal:g}", value >= goal)
+
+
+def at_most(goal: float, what: str, value: float, unit: str = "") -> Row:
+    return Row(what, value, unit, f"<= {goal:g}", value <= goal)
+
+
+def equal(what: str, same: bool) -> Row:
+    return Row(what, "equal" if same else "differ", goal="equal", holds=same)
+
+
+# -- does it compute the same? -----------------------------------------------------------------------------------------
+
+
+class First(NamedTuple):
+    """What a net gives at first, on one device."""
+
+    logits: Any
+    gradient: Any
+    losses: list[float]  # of the first steps
+
+
+FLOAT32 = {"logits": 1e-4, "gradient": 1e-2, "first loss": 1e-5, "second loss": 1e-4}  # relative distances, at most
+BFLOAT16 = {"logits": 0.1, "gradient": 0.3, "first loss": 0.02, "second loss": 0.1}
+
+
+def correct(out: Path, tiny: bool) -> Facts:
+    """Nets on this device and on the CPU, from the same weights: float32 in full precision, and bfloat16."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxcompute.data import order
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+    here, cpu = jax.devices()[0], jax.devices("cpu")[0]
+    half = "bfloat16" if here.platform == "gpu" else "float32"
+    names = ["tiny", "tiny_resnet"] if tiny else ["mlp", "lenet", "cnn", "resnet20", "resnet18"]
+
+    def compare(name: str) -> list[Row]:
+        wanted = first(name, "float32", cpu)
+        rows = apart_rows(f"{name}, float32", wanted, first(name, "float32", here), FLOAT32)
+        return rows + apart_rows(f"{name}, {half} beside the CPU's float32", wanted, first(name, half, here), BFLOAT16)
+
+    with ThreadPoolExecutor() as pool:  # as most of the time is compiling
+        rows = [row for found in pool.map(compare, names) for row in found]
+    for size, batch in ((50_000, 2000), (1797, 128)):
+        drawn = jax.jit(lambda step, size=size, batch=batch: order.indices(7, step, batch, size, jnp))
+        same = [np.array_equal(drawn(jnp.int32(at)), order.indices(7, at, batch, size, np)) for at in (0, 26, 100_000)]
+        rows.append(equal(f"order of {size:,} examples beside numpy's", all(same)))
+    return {"rows": rows}
+
+
+def first(name: str, precision: str, device: Any) -> First:
+    import jax
+    import numpy as np
+    from jax.flatten_util import ravel_pytree
+
+    from benchmarks import side_by_side
+    from jaxcompute import metrics, step
+
+    cpu = jax.devices("cpu")[0]
+    start = jax.device_get(programmed(side_by_side.experiment(name, "float32"), cpu).init())  # a GPU's differ in a bit
+    program = programmed(side_by_side.experiment(name, precision), device)
+    exp = program.exp
+
+    def placed() -> Any:
+        return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), start, program.abstract)
+
+    @jax.jit
+    def look(state: Any, feed: Any) -> Any:
+        batch = exp.prepare(exp.train.batch(feed, state.step), state.key, True)
+        logits, _ = step.forward(exp, state.params, state.mutable, batch["image"], train=True, key=state.key)
+        return logits, ravel_pytree(step.gradient(exp, state, batch, state.key)[0])[0]
+
+    logits, gradient = (np.asarray(x, np.float64) for x in look(placed(), program.feed(0)))
+    state, losses = placed(), []
+    for at in range(5):
+        state, sums = program.steps(1)(state, program.sums(), program.feed(at))
+        losses.append(float(metrics.compute(jax.device_get(sums))["loss"]))
+    return First(logits, gradient, losses)
+
+
+def apart_rows(what: str, wanted: First, found: First, limits: dict[str, float]) -> list[Row]:
+    import numpy as np
+
+    def far(a: Any, b: Any) -> float:
+        return float(np.linalg.norm(np.subtract(b, a)) / np.linalg.norm(a))
+
+    distances = {
+        "logits": far(wanted.logits, found.logits),
+        "gradient": far(wanted.gradient, found.gradient),
+        "first loss": far(wanted.losses[0], found.losses[0]),
+        "second loss": far(wanted.losses[1], found.losses[1]),
+    }
+    rows = [at_most(limits[kind], f"{what}: {kind} apart", distance) for kind, distance in distances.items()]
+    return [*rows, Row(f"{what}: fifth loss apart", far(wanted.losses[4], found.losses[4]))]
+
+
+def programmed(exp: Any, device: Any = None) -> Any:
+    """An experiment compiled for one device."""
+    import jax
+
+    from jaxcompute import sharding, train
+
+    mesh = sharding.make_mesh(dataclasses.replace(exp.config, mesh_data=1), [device or jax.devices()[0]])
+    return train.compile(train.resolve(exp, mesh), mesh)
+
+
+# -- do checkpoints come back? -----------------------------------------------------------------------------------------
+
+
+def resume(out: Path, tiny: bool) -> Facts:
+    """A run that goes on from its checkpoint, beside the unbroken one; with deterministic operations."""
+    from benchmarks import side_by_side
+    from jaxcompute import checkpoint, sharding, train
+
+    sharding.make_deterministic()
+    rows = []
+    for name in ["tiny_resnet"] if tiny else ["mlp", "resnet20"]:
+        exp = side_by_side.experiment(name, "auto")
+        fields = {"steps": 16, "save_every": 8, "log_every": 4, "eval_every": 10**9, "steps_per_call": 4}
+        exp = dataclasses.replace(exp, config=dataclasses.replace(exp.config, **fields), steps=16)
+        whole, again = (out / "resume" / f"{name}-{kind}" for kind in ("whole", "again"))
+        for folder in (whole, again):
+            shutil.rmtree(folder, ignore_errors=True)
+        train.fit(exp, whole, say=print)
+        shutil.copytree(whole, again)
+        shutil.rmtree(again / "checkpoints" / "16")
+        train.fit(exp, again, say=print)
+        digests = {checkpoint.manifest(folder / "checkpoints", 16)["digest"] for folder in (whole, again)}
+        rows.append(equal(f"{name}: State after going on at step 8", len(digests) == 1))
+    return {"rows": rows}
+
+
+def restore(out: Path, tiny: bool) -> Facts:
+    """Saved here, restored on the CPU, each in a process of its own; the loss of the next step, in full float32."""
+    names = ["tiny", "tiny_resnet"] if tiny else ["mlp", "resnet20"]
+    saved = called("save", {"out": str(out), "names": names})
+    restored = called("come_back", {"out": str(out), "names": names}, JAX_PLATFORMS="cpu")
+    rows = []
+    for name in names:
+        rows.append(equal(f"{name}: parameters and all of State", saved[name]["digest"] == restored[name]["digest"]))
+        loss, other = saved[name]["loss"], restored[name]["loss"]
+        rows.append(at_most(1e-6, f"{name}: loss of the next step, apart", abs(other - loss) / abs(loss)))
+    return {"rows": rows, "saved": saved, "restored": restored}
+
+
+def save(out: str, names: list[str]) -> Facts:
+    """Of `restore`: three steps, a checkpoint, and the loss of the fourth."""
+    from benchmarks import side_by_side
+    from jaxcompute import checkpoint
+
+    found = {}
+    for name in names:
+        program, folder = programmed(exact(side_by_side.experiment(name, "float32"))), Path(out, "restore", name)
+        shutil.rmtree(folder, ignore_errors=True)
+        state = program.init()
+        for at in range(3):
+            state, _ = program.steps(1)(state, program.sums(), program.feed(at))
+        with checkpoint.Saver(folder) as saver:
+            saver.save(state)
+        found[name] = {"digest": checkpoint.digest(state), "loss": next_loss(program, state)}
+    return found
+
+
+def come_back(out: str, names: list[str]) -> Facts:
+    """Of `restore`: the checkpoints that `save` left."""
+    from benchmarks import side_by_side
+    from jaxcompute import checkpoint
+
+    found = {}
+    for name in names:
+        program = programmed(exact(side_by_side.experiment(name, "float32")))
+        state = checkpoint.restore(Path(out, "restore", name), 3, program.abstract)
+        found[name] = {"digest": checkpoint.digest(state), "loss": next_loss(program, state)}
+    return found
+
+
+def exact(exp: Any) -> Any:
+    import jax
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+    return exp
+
+
+def next_loss(program: Any, state: Any) -> float:
+    import jax
+
+    from jaxcompute import metrics
+
+    _, sums = program.steps(1)(state, program.sums(), program.feed(3))
+    return float(metrics.compute(jax.device_get(sums))["loss"])
+
+
+# -- how fast, beside peers? -------------------------------------------------------------------------------------------
+
+
+def peers(out: Path, tiny: bool, work: str, jobs: str = "train") -> Facts:
+    """side_by_side.py's comparison in bfloat16: ours, plain Linen, PyTorch eager and torch.compile."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")  # PyTorch needs memory too
+    from benchmarks import side_by_side
+    from jaxcompute.compute import benchmark
+
+    if tiny:
+        work, jobs = "tiny_resnet", jobs.replace("32,256", "2")
+    precision = "float32" if tiny else "bfloat16"
+    options = argparse.Namespace(precision=precision, jobs=jobs, compile=True, rounds=2 if tiny else 9)
+    options.seconds = 0.01 if tiny else 0.7
+    timings = side_by_side.compare(work, options)
+    rows = []
+    for timing in timings:
+        batch = side_by_side.WORKS[work].batch if timing.job == "train" else int(timing.job.partition(" b")[2])
+        rows.append(Row(f"{work}, {timing.job}: {timing.who}", batch / timing.ms * 1e3, "examples/s"))
+        goal = timing.who == "torch.compile" and timing.job == "train"
+        if timing.who != "ours":
+            what = f"{work}, {timing.job}: over {timing.who}", timing.ratio
+            rows.append(at_least(1.2, *what) if goal else Row(*what))
+    if jobs == "train":
+        flops, peak = programmed(side_by_side.experiment(work, precision)).flops(), benchmark.roofs().flops[precision]
+        rows += [Row(f"{work}: {t.who} of the chip's peak", flops / t.ms * 1e3 / peak) for t in timings]
+    return {"rows": rows, "timings": [timing._asdict() for timing in timings], "torch": side_by_side.facts()[1]}
+
+
+def speedrun(out: Path, tiny: bool) -> Facts:
+    """Whole trainings of cifar_speedrun, each with a seed and so a program of its own; compilation apart."""
+    import jax
+
+    from jaxcompute import train
+    from jaxcompute.data import memory
+
+    module = importlib.import_module("experiments.cifar_speedrun")
+    runs = []
+    for seed in range(1 if tiny else 3):
+        exp = module.experiment(module.Config(seed=seed, **({"steps": 2, "batch_size": 16} if tiny else {})))
+        if tiny:
+            few = {name: array[:20] for name, array in exp.eval.arrays.items()}
+            exp = dataclasses.replace(exp, eval=memory.in_order(few, 10))
+        began = time.perf_counter()
+        program = programmed(exp)
+        count = 1 if jax.default_backend() == "cpu" else math.gcd(exp.steps, 25)
+        call = program.steps(count)
+        train.evaluate(program, program.init())
+        state, sums = jax.block_until_ready((program.init(), program.sums()))
+        ready = time.perf_counter()
+        for at in range(0, exp.steps, count):
+            state, sums = call(state, sums, program.feed(at))
+        jax.block_until_ready(state)
+        trained = time.perf_counter()
+        accuracy = train.evaluate(program, state)["accuracy"]
+        ended = time.perf_counter()
+        facts = {"compile_s": ready - began, "train_s": trained - ready, "eval_s": ended - trained}
+        runs.append({"seed": seed, **facts, "accuracy": accuracy})
+        print(runs[-1], flush=True)
+    return {"rows": run_rows("ours", runs), "runs": runs}
+
+
+def speedrun_torch(out: Path, tiny: bool) -> Facts:
+    """The same recipe in PyTorch, and what `speedrun` took of its time."""
+    if importlib.util.find_spec("torch") is None:
+        raise LeftOut("PyTorch is not installed")
+    few = ["--runs=1", "--epochs=1", "--batch_size=16", "--examples=32", "--no-compile"]
+    command = [sys.executable, str(ROOT / "benchmarks/speedrun_torch.py"), *(few if tiny else ["--runs=5"])]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(ended.stdout.splitlines()[-1])
+    who = "torch.compile" if found["compiled"] else "torch eager"
+    rows = [*run_rows(who, found["runs"]), Row(f"{who}: first run, compiling", found["first_run_s"], "s")]
+    with contextlib.suppress(OSError, KeyError):
+        own = json.loads((out / "speedrun.json").read_text())["facts"]["runs"]
+        for what, parts in {"training": ["train_s"], "training and evaluation": ["train_s", "eval_s"]}.items():
+            ours, theirs = (median([sum(run[part] for part in parts) for run in runs]) for runs in (own, found["runs"]))
+            rows.append(at_most(0.9, f"{what}: ours over {who}", ours / theirs))
+    return {"rows": rows, **found}
+
+
+def run_rows(who: str, runs: list[Facts]) -> list[Row]:
+    rows = [
+        Row(f"{who}: training, median of {len(runs)}", median([run["train_s"] for run in runs]), "s"),
+        Row(f"{who}: with evaluation", median([run["train_s"] + run["eval_s"] for run in runs]), "s"),
+        at_least(0.94, f"{who}: accuracy, mean", statistics.mean(run["accuracy"] for run in runs)),
+    ]
+    if "compile_s" in runs[0]:
+        rows.append(Row(f"{who}: compiling, median", median([run["compile_s"] for run in runs]), "s"))
+    return rows
+
+
+median = statistics.median
+
+
+# -- what do its settings give? ----------------------------------------------------------------------------------------
+
+
+def sweep(out: Path, tiny: bool, seconds: float = 200) -> Facts:
+    """Steps in one call, and precisions, of cifar_resnet and an MLP; no point begins after so many seconds."""
+    import jax
+
+    from benchmarks import side_by_side
+    from jaxcompute.compute import benchmark, energy
+
+    end = time.perf_counter() + seconds
+    if tiny:
+        points = [("tiny", "float32", count) for count in (1, 2)]
+    else:
+        kinds, counts = ("bfloat16", "tensorfloat32", "float32"), (8, 1, 2, 4, 25)
+        points = [(name, "bfloat16", count) for count in (8, 1) for name in ("depth 20", "depth 18", "mlp")]
+        points += [(name, kind, 8) for kind in kinds[1:] for name in ("depth 20", "depth 18", "mlp")]
+        points += [(name, "bfloat16", count) for name in ("mlp", "depth 20", "depth 18") for count in counts[2:]]
+    roofs, found, rows = benchmark.roofs(0.1 if tiny else 2.0), [], []
+    with energy.meter(jax.local_devices()) as joules:
+        for name, kind, count in points:
+            what = f"{name}, {kind}, {count} steps a call"
+            if time.perf_counter() > end:
+                rows.append(Row(what, "not begun: its time was up"))
+                continue
+            exp = side_by_side.experiment(name, "float32") if "depth" not in name else cifar_resnet(name[-2:])
+            setting = benchmark.Setting(kind, exp.config.batch_size, 1, count)  # pyright: ignore[reportArgumentType]
+            point = benchmark.measure(exp, setting, roofs, joules, 0.1 if tiny else 1.0)
+            found.append({"net": name, **point._asdict(), "setting": setting._asdict()})
+            rows.append(Row(what, point.examples_per_sec, "examples/s"))
+            print(rows[-1], flush=True)
+    return {"rows": rows, "points": found, "roofs": roofs._asdict()}
+
+
+def cifar_resnet(depth: str) -> Any:
+    module = importlib.import_module("experiments.cifar_resnet")
+    return module.experiment(module.Config(depth=depth, batch_size=128 if depth == "20" else 256, mesh_data=1))
+
+
+def roofs(out: Path, tiny: bool) -> Facts:
+    """ResNet-50 and ResNet-18 below the roofline of ceilings measured here; their memory and joules."""
+    import jax
+
+    from benchmarks import side_by_side
+    from jaxcompute.compute import benchmark, energy, profile, roofline
+
+    rows, left = [], {}
+    precision, seconds = ("float32", 0.1) if tiny else ("bfloat16", 1.0)
+    for name in ["tiny_resnet"] if tiny else ["resnet50", "resnet18_b256"]:
+        exp = side_by_side.experiment(name, precision)
+        traced = profile.run(exp, out / "roofs" / name, seconds)
+        roof = roofline.run(traced, seconds=seconds)
+        print(f"{name}\n{profile.text(traced)}\n\n{roofline.text(roof)}", flush=True)
+        with energy.meter(jax.local_devices()) as joules:
+            setting = benchmark.Setting(precision, exp.config.batch_size)
+            point = benchmark.measure(exp, setting, benchmark.roofs(seconds), joules, seconds)
+        moved = 1e3 * roof.step.bytes / roof.step.ms
+        share = f"{name}: bytes a second, of the bandwidth measured here", moved / roof.bandwidth
+        rows += [
+            at_least(0.75, *share) if name == "resnet50" else Row(*share),
+            Row(f"{name}: of its roof", roof.share(roof.step)),
+            Row(f"{name}: of the datasheet's peak", point.mfu),
+            Row(f"{name}: of the datasheet's bandwidth, by XLA's count of bytes", point.bandwidth),
+            Row(f"{name}: examples/s", point.examples_per_sec, "examples/s"),
+            Row(f"{name}: energy", point.joules, "J/example"),
+            Row(f"{name}: memory predicted", point.predicted, "B"),
+            Row(f"{name}: memory at most", point.measured, "B"),
+            Row(f"{name}: the device idle", traced.idle),
+        ]
+        left[name] = {"point": point._asdict(), "roofline": roofline.to_json(roof)}
+        left[name]["by_kind"], left[name]["by_place"] = profile.by(traced, "kind"), profile.by(traced, "place")[:40]
+    return {"rows": rows, "nets": left}
+
+
+def deterministic(out: Path, tiny: bool) -> Facts:
+    """A step with and without XLA's deterministic operations, and whether two runs give equal bits."""
+    names = ["tiny_resnet"] if tiny else ["resnet18_b256", "lenet"]
+    free, bound = (called("timed", {"names": names, "tiny": tiny, "bound": bound}) for bound in (False, True))
+    rows = []
+    for name in names:
+        rows += [
+            Row(f"{name}: time with deterministic operations, over without", bound[name]["ms"] / free[name]["ms"]),
+            equal(f"{name}: two runs with them", len(set(bound[name]["digests"])) == 1),
+            Row(f"{name}: two runs without them", ["differ", "equal"][len(set(free[name]["digests"])) == 1]),
+        ]
+    return {"rows": rows, "without": free, "with": bound}
+
+
+def timed(names: list[str], tiny: bool, bound: bool) -> Facts:
+    """Of `deterministic`: milliseconds a step, and the States of two runs of twenty steps."""
+    from benchmarks import side_by_side
+    from jaxcompute import checkpoint, sharding
+    from jaxcompute.compute import benchmark
+
+    if bound:
+        sharding.make_deterministic()
+    precision, count, seconds = ("float32", 1, 0.1) if tiny else ("bfloat16", 4, 1.5)
+    found = {}
+    for name in names:
+        exp = side_by_side.experiment(name, precision)
+        setting = benchmark.Setting(precision, exp.config.batch_size, 1, count)
+        point = benchmark.measure(exp, setting, benchmark.roofs(seconds), lambda: None, seconds)
+        program, digests = programmed(benchmark.placed(exp, setting)), []
+        for _ in range(2):
+            state = program.init()
+            for at in range(0, 20, count):
+                state, _ = program.steps(count)(state, program.sums(), program.feed(at))
+            digests.append(checkpoint.digest(state))
+        found[name] = {"ms": point.ms, "digests": digests}
+    return found
+
+
+def loops(out: Path, tiny: bool) -> Facts:
+    """The training loop beside its bare compiled call."""
+    from benchmarks import loop
+
+    goals = {"mlp_784": 0.98, "digits_mlp": 0.9, "cifar_resnet": 0.98}
+    sizes = {"mlp_784": 8, "digits_mlp": 40} if tiny else {"mlp_784": 4000, "digits_mlp": 8000, "cifar_resnet": 1600}
+    rows, left = [], []
+    for name, steps in sizes.items():
+        try:
+            found = loop.measure(name, argparse.Namespace(steps=steps, turns=1 if tiny else 5))
+        except BadInput as error:  # no scikit-learn, and no digits
+            rows.append(Row(name, f"left out: {error}"))
+            continue
+        rows.append(at_least(goals[name], f"{name}: bare over loop", found.share))
+        rows += [Row(f"{name}: bare", found.bare_ms, "ms"), Row(f"{name}: gather, augment", found.batch_ms, "ms")]
+        left.append(found._asdict())
+    return {"rows": rows, "loops": left}
+
+
+# -- do the instruments work? ------------------------------------------------------------------------------------------
+
+
+def doctor(out: Path, tiny: bool) -> Facts:
+    """`--mode=doctor`; its page as it is, as a machine that isn't fit is told there."""
+    code, text = launched("--mode=doctor", f"--workdir={out}")
+    return {"rows": [Row("exit code", code)], "text": text}
+
+
+def profiled(out: Path, tiny: bool) -> Facts:
+    """`--mode=profile` of cifar_resnet, and its trace, packed."""
+    folder, name = out / "profile", "sigmoid_mlp" if tiny else "cifar_resnet"
+    shutil.rmtree(folder, ignore_errors=True)
+    code, text = launched(f"--experiment={name}", "--mode=profile", f"--workdir={folder}")
+    if code:
+        raise RuntimeError(text)
+    (trace,) = folder.glob("plugins/profile/*/*.xplane.pb")
+    with trace.open("rb") as plain, gzip.open(out / TRACE, "wb") as packed:
+        shutil.copyfileobj(plain, packed)
+    found = json.loads((folder / "profile.json").read_text())
+    unknown = sum(op["ms"] for op in found["ops"] if not op["place"]) / (sum(op["ms"] for op in found["ops"]) or 1)
+    rows = [
+        Row("a step", found["ms"], "ms"),
+        Row("the device idle", found["idle"]),
+        Row("of the time in instructions of no known layer", unknown),
+        Row("its trace, packed", (out / TRACE).stat().st_size, "B"),
+    ]
+    return {"rows": rows, "text": text}
+
+
+def benchmarked(out: Path, tiny: bool) -> Facts:
+    """`--mode=benchmark` of cifar_resnet."""
+    name = "sigmoid_mlp" if tiny else "cifar_resnet"
+    code, text = launched(f"--experiment={name}", "--mode=benchmark", f"--workdir={out / 'benchmark'}")
+    if code:
+        raise RuntimeError(text)
+    found = json.loads((out / "benchmark" / "benchmark.json").read_text())
+    rows = [
+        Row(f"batch {point['setting']['batch_size']:,}", point["examples_per_sec"], "examples/s")
+        for point in found["batches"]
+    ]
+    return {"rows": rows, "text": text, "found": found}
+
+
+def launched(*flags: str) -> tuple[int, str]:
+    """launch.py's exit code and what it said."""
+    command = [sys.executable, str(ROOT / "launch.py"), *flags]
+    ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(ended.stdout, flush=True)
+    return ended.returncode, ended.stdout
+
+
+def called(name: str, fields: Facts, **env: str) -> Facts:
+    """A function of this file in a process of its own."""
+    command = [sys.executable, __file__, name, json.dumps(fields)]
+    ended = subprocess.run(command, env=os.environ | env, stdout=subprocess.PIPE, text=True)
+    if ended.returncode:
+        raise RuntimeError(f"{name} failed, see above: exit code {ended.returncode}")
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+PARTS: dict[str, Callable[..., Facts]] = {"save": save, "come_back": come_back, "timed": timed}
+
+if __name__ == "__main__":
+    print(json.dumps(PARTS[sys.argv[1]](**json.loads(sys.argv[2]))))
