@@ -55,7 +55,7 @@ STAGES = {
     "restore": Stage(stages.restore, 40),
     "resume": Stage(stages.resume, 45),
     "deterministic": Stage(stages.deterministic, 80),
-    "roofs": Stage(stages.roofs, 80),
+    "roofs": Stage(stages.roofs, 130),
     "sweep": Stage(stages.sweep, 200, "any"),
     "loops": Stage(stages.loops, 90, "any"),
     "profile": Stage(stages.profiled, 45, "any"),

@@ -453,7 +453,7 @@ def loops(out: Path, tiny: bool) -> Facts:
     from benchmarks import loop
 
     goals = {"mlp_784": 0.98, "digits_mlp": 0.9, "cifar_resnet": 0.98}
-    sizes = {"mlp_784": 8, "digits_mlp": 40} if tiny else {"mlp_784": 4000, "digits_mlp": 8000, "cifar_resnet": 1600}
+    sizes = {"mlp_784": 8, "digits_mlp": 40} if tiny else {"mlp_784": 4000, "digits_mlp": 8000, "cifar_resnet": 800}
     rows, left = [], []
     for name, steps in sizes.items():
         try:

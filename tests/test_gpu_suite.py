@@ -1,0 +1,148 @@
+"""The GPU suite on the CPU: a stage leaves its figures, is not run twice, a failure is told, and CIFAR-10 travels."""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import gpu, pack_cifar
+from jaxcompute.data import sources
+from jaxcompute.errors import BadInput
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_stage_leaves_its_figures_and_is_not_run_twice(tmp_path):
+    back = tmp_path / "back"
+    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--tiny", "--stages=restore"]
+    command += [f"--out={tmp_path}", f"--back={back}"]
+    said = [subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout for _ in range(2)]
+    found = json.loads((back / "summary.json").read_text())["stages"]["restore"]
+    assert found["state"] == "done", found
+    rows = found["rows"]
+    assert {row["what"].partition(":")[0] for row in rows} == {"tiny", "tiny_resnet"}
+    assert all(row["holds"] for row in rows), rows
+    assert "restore: done after" in said[0]
+    assert said[1].startswith("restore: done before\n")
+    assert "parameters and all of State" in (back / "summary.txt").read_text()
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    """The suite's own loop, its stages in this process."""
+    monkeypatch.setattr(gpu, "begin", lambda name, given, seconds: gpu.one(name, given.out, given.tiny))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # and is put back, as is the folder of data
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "")
+    monkeypatch.setenv("JAXCOMPUTE_DATA_DIR", str(tmp_path / "nothing"))
+    given = argparse.Namespace(out=tmp_path, limit_s=1000.0, pieces=None, back=None, tiny=False)
+
+    def run(stages: dict[str, gpu.Stage], **fields) -> dict[str, tuple[str, str]]:
+        monkeypatch.setattr(gpu, "STAGES", stages)
+        gpu.suite(list(stages), argparse.Namespace(**vars(given) | fields))
+        told = json.loads((tmp_path / "summary.json").read_text())["stages"]
+        return {name: (found["state"], found["why"]) for name, found in told.items()}
+
+    return run
+
+
+def ill(out, tiny):
+    raise ValueError("no such kernel")
+
+
+def well(out, tiny):
+    return {"rows": [("a figure", 1.5, "ms")], "more": [1]}
+
+
+def ends(out, tiny):
+    sys.exit("computes something else")
+
+
+def test_a_stage_that_fails_is_told_and_the_next_begins(suite, tmp_path):
+    stages = {"ill": gpu.Stage(ill, 1), "ends": gpu.Stage(ends, 1), "well": gpu.Stage(well, 1)}
+    assert suite(stages) == {
+        "ill": ("failed", "ValueError: no such kernel"),
+        "ends": ("failed", "SystemExit: computes something else"),
+        "well": ("done", ""),
+    }
+    assert 'raise ValueError("no such kernel")' in gpu.read(tmp_path, "ill")["traceback"]
+    table = (tmp_path / "summary.txt").read_text()
+    assert "no such kernel" in table
+    assert "a figure" in table
+    # mended, it is run again, and the one that is done is not
+    assert suite({"ill": gpu.Stage(well, 1), "well": gpu.Stage(ill, 1)}) == {"ill": ("done", ""), "well": ("done", "")}
+
+
+def test_what_has_no_time_or_no_data_is_not_begun(suite, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pack_cifar, "make_up", lambda folder: None)
+    stages = {"long": gpu.Stage(well, 2000), "real": gpu.Stage(well, 1, "real"), "any": gpu.Stage(well, 1, "any")}
+    told = suite(stages, pieces=tmp_path)
+    assert told.keys() == {"real", "any"}
+    assert told["real"] == ("left out", "CIFAR-10 is not here: bring both pieces, --pieces=DIR")
+    assert told["any"][0] == "done"
+    said = capsys.readouterr().out
+    assert "long: not begun, as it takes some 2000 s and 1000 s are left" in said
+    assert "has no cifar10-0.npz and no cifar10-1.npz" in said
+
+
+def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
+    script = tmp_path / "stage.py"
+    script.write_text(
+        "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+    )
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    gpu.begin("correct", argparse.Namespace(out=tmp_path, tiny=True), 1.0)
+    assert gpu.read(tmp_path, "correct")["why"] == "it took more than 1 s"
+
+
+SIZES = {"train": 230, "test": 71}
+
+
+@pytest.fixture
+def small(monkeypatch) -> sources.Dataset:
+    """CIFAR-10 of a few hundred smooth images, which `sources.load` takes for whole."""
+    published = dataclasses.replace(sources._SETS["cifar10"], sizes=SIZES)
+    monkeypatch.setitem(sources._SETS, "cifar10", published)
+    random = np.random.default_rng(0)
+    splits = {
+        split: {
+            "image": random.integers(0, 256, (size, 4, 4, 3), np.uint8).repeat(8, 1).repeat(8, 2),
+            "label": random.integers(0, 10, size, np.int32),
+        }
+        for split, size in SIZES.items()
+    }
+    return sources.Dataset("cifar10", **splits, classes=tuple("abcdefghij"))
+
+
+def test_cifar_travels_in_two_pieces_and_needs_neither_tfds_nor_grain(small, tmp_path, monkeypatch):
+    for name in ("tensorflow_datasets", "grain", "tensorboardX"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it would fail
+    monkeypatch.setattr(pack_cifar, "TILES", 10)  # so that a piece has several mosaics
+    pieces = pack_cifar.pack(small, tmp_path / "pieces")
+    assert [piece.name for piece in pieces] == [*pack_cifar.NAMES]
+    assert sum(piece.stat().st_size for piece in pieces) < small.train["image"].nbytes / 4
+    pack_cifar.place(tmp_path / "pieces", tmp_path / "data")
+    loaded = sources.load("cifar10", tmp_path / "data")
+    assert loaded.classes == small.classes
+    for split in SIZES:
+        for key in ("image", "label"):
+            np.testing.assert_array_equal(getattr(loaded, split)[key], getattr(small, split)[key])
+
+
+def test_a_piece_that_is_missing_or_of_another_set_is_refused(small, tmp_path):
+    pieces = pack_cifar.pack(small, tmp_path / "pieces")
+    other = dataclasses.replace(small, test={**small.test, "image": 255 - small.test["image"]})
+    pack_cifar.pack(other, tmp_path / "others")
+    (tmp_path / "others" / pieces[1].name).replace(pieces[1])
+    with pytest.raises(BadInput, match="test image came out other than packed"):
+        pack_cifar.unpack(tmp_path / "pieces")
+    pieces[1].write_bytes(pieces[1].read_bytes()[:1000])
+    with pytest.raises(BadInput, match=r"cifar10-1\.npz is damaged"):
+        pack_cifar.unpack(tmp_path / "pieces")
+    pieces[0].unlink()
+    with pytest.raises(BadInput, match=r"has no cifar10-0\.npz; bring both"):
+        pack_cifar.unpack(tmp_path / "pieces")
