@@ -187,34 +187,37 @@ def read(out: Path, name: str) -> dict[str, Any] | None:
 
 def summarise(given: argparse.Namespace) -> None:
     """Anew after each stage, so that nothing is lost where the time runs out."""
-    told = {name: found for name in STAGES if (found := read(given.out, name))}
-    facts = {"tiny": given.tiny, "machine": this_machine()}
-    log.write_json(given.out / "summary.json", log.describe({}, **facts, stages=told))
-    lines = [
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d} {facts['machine']}" + given.tiny * ", tiny: no speeds",
-        "",
-    ]
-    rows = [(name, found["state"], f"{found['seconds']:.0f}", found["why"][:90]) for name, found in told.items()]
-    lines += [log.table(rows, ("stage", "state", "s", "why")), ""]
+    out, back = given.out, given.back
+    told = {name: found | {"log": tail(out / f"{name}.log")} for name in STAGES if (found := read(out, name))}
+    found = this_machine()
+    log.write_json(out / "summary.json", log.describe({}, tiny=given.tiny, **found, stages=told))
+    log.replace_file(out / "summary.txt", text(told, found["words"] + ["tiny: speeds mean nothing"] * given.tiny))
+    if back:
+        back.mkdir(parents=True, exist_ok=True)
+        for file in (out / "summary.json", out / "summary.txt", out / stages.TRACE):
+            if file.exists() and file.stat().st_size < 2**24:
+                shutil.copy(file, back / file.name)
+
+
+def tail(file: Path, most: int = 10_000) -> str:
+    return file.read_text(errors="replace")[-most:] if file.exists() else ""
+
+
+def text(told: dict[str, Any], words: list[str]) -> str:
+    """What became of each stage, and all figures."""
+    became = [(name, found["state"], f"{found['seconds']:.0f}", found["why"][:90]) for name, found in told.items()]
+    reached = {None: "", True: "yes", False: "NO"}
     figures = [
-        (
-            name,
-            row["what"],
-            shown(row["value"]),
-            row["unit"],
-            row["goal"],
-            {None: "", True: "yes", False: "NO"}[row["holds"]],
-        )
+        (name, row["what"], shown(row["value"]), row["unit"], row["goal"], reached[row["holds"]])
         for name, found in told.items()
         for row in found.get("rows", ())
     ]
-    lines.append(log.table(figures, ("stage", "figure", "value", "unit", "goal", "reached")))
-    log.replace_file(given.out / "summary.txt", "\n".join(lines) + "\n")
-    if given.back:
-        given.back.mkdir(parents=True, exist_ok=True)
-        for file in ("summary.json", "summary.txt", stages.TRACE):
-            if (given.out / file).exists() and (given.out / file).stat().st_size < 2**24:
-                shutil.copy(given.out / file, given.back / file)
+    parts = [
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {', '.join(words)}",
+        log.table(became, ("stage", "state", "s", "why")),
+        log.table(figures, ("stage", "figure", "value", "unit", "goal", "reached")),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def shown(value: Any) -> str:
@@ -224,17 +227,20 @@ def shown(value: Any) -> str:
 
 
 def this_machine() -> dict[str, Any]:
-    """Chip, driver and versions; without jax, which would take the GPU's memory."""
+    """Chip, driver and versions, and the same in words; without jax, which would take the GPU's memory."""
     versions = {}
     for name in ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "optax", "torch", "triton", "nvidia-cudnn-cu13"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     try:
         driver = nvml.driver()
+        chips = [f"{gpu.name} of {gpu.memory / 2**30:.0f} GiB and {gpu.power_cap or 0:.0f} W" for gpu in driver.gpus]
+        facts = {"chips": chips, "driver": driver.version, "cuda": driver.cuda}
+        words = [*chips, f"driver {driver.version}"]
     except nvml.Missing as error:
-        return {"processor": machine.processor(), "driver": str(error), "versions": versions}
-    chips = [f"{gpu.name}, {gpu.memory / 2**30:.0f} GiB, {gpu.power_cap or 0:.0f} W" for gpu in driver.gpus]
-    return {"chips": chips, "driver": driver.version, "cuda": driver.cuda, "versions": versions}
+        facts, words = {"driver": str(error)}, [machine.processor()]
+    words += [f"{name} {version}" for name, version in versions.items()]
+    return {"machine": facts, "packages": versions, "words": words}
 
 
 if __name__ == "__main__":

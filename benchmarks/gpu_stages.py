@@ -329,7 +329,7 @@ def run_rows(who: str, runs: list[Facts]) -> list[Row]:
         at_least(0.94, f"{who}: accuracy, mean", statistics.mean(run["accuracy"] for run in runs)),
     ]
     if "compile_s" in runs[0]:
-        rows.append(Row(f"{who}: compiling, median", median([run["compile_s"] for run in runs]), "s"))
+        rows.append(Row(f"{who}: compiling, the first", runs[0]["compile_s"], "s"))
     return rows
 
 
