@@ -50,6 +50,7 @@ STAGES = {
     "correct": Stage(stages.correct, 90),
     "peers_resnet18": Stage(partial(stages.peers, work="resnet18_b256"), 90),
     "peers_resnet50": Stage(partial(stages.peers, work="resnet50"), 150),
+    "peers_apart": Stage(stages.peers_apart, 150),
     "speedrun": Stage(stages.speedrun, 100, "real"),
     "speedrun_torch": Stage(stages.speedrun_torch, 90, "real"),
     "restore": Stage(stages.restore, 40),
