@@ -78,7 +78,7 @@ def main() -> None:
     given = parser.parse_args()
     given.out = given.out.absolute()
     if given.stage:
-        sys.exit(one(given.stage, given.out, given.tiny))
+        sys.exit(one(given.stage, given))
     names = given.stages.split(",")
     if unknown := [name for name in names if name not in STAGES]:
         parser.error(f"--stages={','.join(unknown)}: there are {', '.join(STAGES)}")
@@ -96,12 +96,13 @@ def suite(names: list[str], given: argparse.Namespace) -> None:
     real = bring_images(given, {STAGES[name].images for name in names})
     for name in names:
         stage, left = STAGES[name], end - time.monotonic()
-        if (told := read(given.out, name)) and told["state"] == "done":
+        if (told := read(given.out, name)) and (told["state"], told["tiny"]) == ("done", given.tiny):
             print(f"{name}: done before", flush=True)
         elif stage.seconds > left:
-            print(f"{name}: not begun, as it takes some {stage.seconds:.0f} s and {max(0, left):.0f} s are left")
+            need = f"it takes some {stage.seconds:.0f} s and {max(0, left):.0f} s are left"
+            print(f"{name}: not begun, as {need}", flush=True)
         elif stage.images == "real" and not (real or given.tiny):
-            leave(given.out, name, "left out", 0, why="CIFAR-10 is not here: bring both pieces, --pieces=DIR")
+            leave(given, name, "left out", 0, why="CIFAR-10 is not here: bring both pieces, --pieces=DIR")
         else:
             print(f"{name}: some {stage.seconds:.0f} s on an H100", flush=True)
             begin(name, given, min(left, 3 * stage.seconds) if given.limit_s < float("inf") else None)
@@ -149,7 +150,7 @@ def begin(name: str, given: argparse.Namespace, seconds: float | None) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if read(given.out, name) is None:
-        leave(given.out, name, "failed", time.monotonic() - began, why=why)
+        leave(given, name, "failed", time.monotonic() - began, why=why)
     told = read(given.out, name) or {}
     print(
         f"{name}: {told['state']} after {time.monotonic() - began:.0f} s{told['why'] and ': ' + told['why']}",
@@ -157,26 +158,27 @@ def begin(name: str, given: argparse.Namespace, seconds: float | None) -> None:
     )
 
 
-def one(name: str, out: Path, tiny: bool) -> int:
+def one(name: str, given: argparse.Namespace) -> int:
     """The stage itself; its result is left as JSON whatever comes of it."""
     began = time.monotonic()
     try:
-        facts = STAGES[name].run(out, tiny)
+        facts = STAGES[name].run(given.out, given.tiny)
     except stages.LeftOut as why:
-        leave(out, name, "left out", time.monotonic() - began, why=str(why))
+        leave(given, name, "left out", time.monotonic() - began, why=str(why))
     except (Exception, SystemExit) as error:
         traceback.print_exc()
         why = f"{type(error).__name__}: {error}"
-        leave(out, name, "failed", time.monotonic() - began, why=why, traceback=traceback.format_exc())
+        leave(given, name, "failed", time.monotonic() - began, why=why, traceback=traceback.format_exc())
         return 1
     else:
         rows = [stages.Row(*row)._asdict() for row in facts.pop("rows")]
-        leave(out, name, "done", time.monotonic() - began, rows=rows, facts=facts)
+        leave(given, name, "done", time.monotonic() - began, rows=rows, facts=facts)
     return 0
 
 
-def leave(out: Path, name: str, state: str, seconds: float, why: str = "", **told: Any) -> None:
-    log.write_json(out / f"{name}.json", {"stage": name, "state": state, "seconds": seconds, "why": why, **told})
+def leave(given: argparse.Namespace, name: str, state: str, seconds: float, why: str = "", **told: Any) -> None:
+    facts = {"stage": name, "tiny": given.tiny, "state": state, "seconds": seconds, "why": why}
+    log.write_json(given.out / f"{name}.json", facts | told)
 
 
 def read(out: Path, name: str) -> dict[str, Any] | None:

@@ -35,7 +35,7 @@ def test_a_stage_leaves_its_figures_and_is_not_run_twice(tmp_path):
 @pytest.fixture
 def suite(tmp_path, monkeypatch):
     """The suite's own loop, its stages in this process."""
-    monkeypatch.setattr(gpu, "begin", lambda name, given, seconds: gpu.one(name, given.out, given.tiny))
+    monkeypatch.setattr(gpu, "begin", lambda name, given, seconds: gpu.one(name, given))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # and is put back, as is the folder of data
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "")
     monkeypatch.setenv("JAXCOMPUTE_DATA_DIR", str(tmp_path / "nothing"))
@@ -73,8 +73,9 @@ def test_a_stage_that_fails_is_told_and_the_next_begins(suite, tmp_path):
     table = (tmp_path / "summary.txt").read_text()
     assert "no such kernel" in table
     assert "a figure" in table
-    # mended, it is run again, and the one that is done is not
+    # mended, it is run again, and the one that is done is not, unless it was tiny
     assert suite({"ill": gpu.Stage(well, 1), "well": gpu.Stage(ill, 1)}) == {"ill": ("done", ""), "well": ("done", "")}
+    assert suite({"well": gpu.Stage(ill, 1)}, tiny=True)["well"][0] == "failed"
 
 
 def test_what_has_no_time_or_no_data_is_not_begun(suite, tmp_path, capsys, monkeypatch):
@@ -90,13 +91,14 @@ def test_what_has_no_time_or_no_data_is_not_begun(suite, tmp_path, capsys, monke
 
 
 def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
-    script = tmp_path / "stage.py"
-    script.write_text(
-        "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-    )
+    script, pid = tmp_path / "stage.py", tmp_path / "pid"
+    started = "child = subprocess.Popen(['sleep', '600'])"
+    script.write_text(f"import subprocess\n{started}\nopen('{pid}', 'w').write(str(child.pid))\nchild.wait()\n")
     monkeypatch.setattr(gpu, "__file__", str(script))
-    gpu.begin("correct", argparse.Namespace(out=tmp_path, tiny=True), 1.0)
-    assert gpu.read(tmp_path, "correct")["why"] == "it took more than 1 s"
+    gpu.begin("correct", argparse.Namespace(out=tmp_path, tiny=True), 2.0)
+    assert gpu.read(tmp_path, "correct")["why"] == "it took more than 2 s"
+    state = Path("/proc", pid.read_text(), "stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
 SIZES = {"train": 230, "test": 71}
