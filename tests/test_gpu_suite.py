@@ -5,6 +5,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -95,10 +96,17 @@ def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path,
     started = "child = subprocess.Popen(['sleep', '600'])"
     script.write_text(f"import subprocess\n{started}\nopen('{pid}', 'w').write(str(child.pid))\nchild.wait()\n")
     monkeypatch.setattr(gpu, "__file__", str(script))
-    gpu.begin("correct", argparse.Namespace(out=tmp_path, tiny=True), 2.0)
-    assert gpu.read(tmp_path, "correct")["why"] == "it took more than 2 s"
-    state = Path("/proc", pid.read_text(), "stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    gpu.begin("correct", argparse.Namespace(out=tmp_path, tiny=True), 4.0)
+    assert gpu.read(tmp_path, "correct")["why"] == "it took more than 4 s"
+    deadline = time.monotonic() + 10
+    while runs(int(pid.read_text())):
+        assert time.monotonic() < deadline, "what it started still runs"
+        time.sleep(0.05)
+
+
+def runs(pid: int) -> bool:
+    state = Path(f"/proc/{pid}/stat")
+    return state.exists() and state.read_text().split()[2] != "Z"
 
 
 SIZES = {"train": 230, "test": 71}
