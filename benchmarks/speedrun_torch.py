@@ -163,10 +163,12 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            at = group["at"] = group.get("at", 0) + 1
+            nesterov = BETA * (1 - BETA**at) / (1 - BETA ** (at + 1))  # as Optax corrects the first means
             for kernel in group["params"]:
                 mean = self.state[kernel].setdefault("mean", torch.zeros_like(kernel))
                 mean.mul_(BETA).add_(kernel.grad)
-                update = self.orthogonal(kernel.grad.add(mean, alpha=BETA).reshape(len(kernel), -1))
+                update = self.orthogonal(kernel.grad.add(mean, alpha=nesterov).reshape(len(kernel), -1))
                 kernel.mul_(len(kernel) ** 0.5 / kernel.norm())
                 kernel.add_(update.view_as(kernel), alpha=-group["lr"])
 
@@ -250,14 +252,7 @@ def run(seed: int, task: Task, net: Any, call: Callable[..., Any], newton_schulz
     fed = batches(config, train, pixels(train), -(-steps // (size // rows)))
     for at, (epoch, image, label) in zip(range(steps), fed, strict=False):
         logits = call(image, epoch < config.whitening_epochs)
-        loss = F.cross_entropy(logits.float(), label, label_smoothing=config.label_smoothing, reduction="sum")
-        muon.zero_grad(set_to_none=True)
-        sgd.zero_grad(set_to_none=True)
-        loss.backward()
-        for group in (*muon.param_groups, *sgd.param_groups):
-            group["lr"] = group["peak"] * max(0.0, 1 - at / (group["share"] * steps))
-        muon.step()
-        sgd.step()
+        learn(loss_of(logits, label, config), muon, sgd, at, steps)
     trained = clock()
     net.eval()
     right = torch.zeros((), device=DEVICE)
@@ -267,6 +262,21 @@ def run(seed: int, task: Task, net: Any, call: Callable[..., Any], newton_schulz
             right += (logits.argmax(1) == label).sum()
     accuracy = right.item() / len(test.label)
     return Run(seed, trained - began, clock() - trained, accuracy)
+
+
+def loss_of(logits: Any, label: Any, config: Any) -> Any:
+    return F.cross_entropy(logits.float(), label, label_smoothing=config.label_smoothing, reduction="sum")
+
+
+def learn(loss: Any, muon: Muon, sgd: Any, at: int, steps: int) -> None:
+    """A step of both optimizers, at the rates of step `at`."""
+    muon.zero_grad(set_to_none=True)
+    sgd.zero_grad(set_to_none=True)
+    loss.backward()
+    for group in (*muon.param_groups, *sgd.param_groups):
+        group["lr"] = group["peak"] * max(0.0, 1 - at / (group["share"] * steps))
+    muon.step()
+    sgd.step()
 
 
 def clock() -> float:

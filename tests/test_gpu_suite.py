@@ -8,7 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from benchmarks import gpu, pack_cifar
@@ -158,3 +161,50 @@ def test_a_piece_that_is_missing_or_of_another_set_is_refused(small, tmp_path):
     pieces[0].unlink()
     with pytest.raises(BadInput, match=r"has no cifar10-0\.npz; bring both"):
         pack_cifar.unpack(tmp_path / "pieces")
+
+
+def test_the_speedruns_peer_takes_the_same_steps():
+    torch = pytest.importorskip("torch")
+    from benchmarks import speedrun_torch as peer
+    from experiments import cifar_speedrun as ours
+    from jaxcompute import losses
+
+    rows, steps, widths = 16, 20, (8, 16, 16)
+    config = ours.Config(batch_size=rows, epochs=10.0, steps=steps)
+    random = np.random.default_rng(0)
+    image, label = random.normal(size=(rows, 32, 32, 3)).astype(np.float32), random.integers(0, 10, rows)
+    pixels = random.integers(0, 256, (100, 8, 8, 3), np.uint8)
+    model, loss = ours.Net(ours.whitening(pixels), widths), losses.cross_entropy(config.label_smoothing)
+    variables = model.init(jax.random.key(0), jnp.asarray(image))
+    params, mutable = variables["params"], {name: x for name, x in variables.items() if name != "params"}
+    optimizer = ours.optimizer(config, steps, optax.linear_schedule(config.learning_rate, 0, steps), steps * 3 // 10)
+    opt_state = optimizer.init(params)
+
+    def tensor(array, *axes):
+        return torch.from_numpy(np.array(array).transpose(axes).copy())
+
+    net = peer.Net(tensor(mutable["whitening"]["kernel"], 3, 2, 0, 1), widths)
+    for i, conv in enumerate(net.convs):
+        conv.weight.data = tensor(params[f"Conv_{i}"]["kernel"], 3, 2, 0, 1)
+    net.head.weight.data = tensor(params["Dense_0"]["kernel"], 1, 0)
+    muon, sgd = peer.optimizers(net, config, peer.orthogonal)
+
+    @jax.jit
+    def step(params, opt_state):
+        def of(params):
+            logits, _ = model.apply({"params": params, **mutable}, image, train=True, mutable=["batch_stats"])
+            return loss(logits, {"label": jnp.asarray(label)})[0]
+
+        value, gradient = jax.value_and_grad(of)(params)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return value, optax.apply_updates(params, updates), opt_state
+
+    found, wanted = [], []
+    for at in range(3):
+        value, params, opt_state = step(params, opt_state)
+        wanted.append(float(value))
+        total = peer.loss_of(net(tensor(image, 0, 3, 1, 2)), torch.from_numpy(label), config)
+        peer.learn(total, muon, sgd, at, steps)
+        found.append(total.item() / rows)
+    np.testing.assert_allclose(found, wanted, rtol=1e-3)
+    assert wanted[2] < wanted[0]
