@@ -17,7 +17,7 @@ from jaxcompute.data import memory
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
-NEED_DATA = {"mnist_lenet", "fashion_cnn", "cifar_cnn", "cifar_resnet"}
+NEED_DATA = {"mnist_lenet", "fashion_cnn", "cifar_cnn", "cifar_resnet", "cifar_speedrun"}
 OF_FOLDERS = {"folder_cnn", "imagenet_resnet50"}
 SMALL = {
     "imagenet_resnet50": {

@@ -1,0 +1,196 @@
+"""CIFAR-10 to 94 % of the test images in nine passes over the others.
+
+    python launch.py --experiment=cifar_speedrun
+
+94.00 % of the 10,000 test images (1 run, seed 0), float32; 40 min of two cores of an Intel Xeon (jax 0.10.2),
+2026-11-26. 0.33 PFLOP, at 148 GFLOP/s.
+
+The recipe is airbench94_muon's (Jordan 2024, arXiv:2404.00498, and github.com/KellerJordan/cifar10-airbench), which
+takes eight: a frozen whitening layer, kernels that start as the identity and stay on a sphere, Muon for them, SGD for
+biases and head, batch norms without scales whose biases learn fast, label smoothing, each image mirrored every other
+epoch, and the mean over six views of a test image.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Annotated, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+
+from jaxcompute import losses, optim, step
+from jaxcompute.config import Range
+from jaxcompute.core import Batch, Experiment, PyTree, Run, State
+from jaxcompute.data import augment, memory, sources
+from jaxcompute.metrics import Metrics
+from jaxcompute.models.conv import conv
+from jaxcompute.models.norm import BatchNorm
+from jaxcompute.models.pooling import max_pool
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+MATRIX = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)  # a kernel [3, 3, C, D] as [9 C, D]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Run):
+    batch_size: Annotated[int, "examples a step, over all devices", Range(ge=1, lt=2**31)] = 2000
+    epochs: Annotated[float, "passes over the training set", Range(gt=0, lt=2**32)] = 9.0
+    eval_every: Annotated[
+        int, "steps between evaluations (by default at the end alone); 0: once an epoch", Range(ge=0)
+    ] = 10**6
+    learning_rate: Annotated[float, "of kernels, by Muon; all fall to 0 in a line", Range(ge=0)] = 0.24
+    bias_learning_rate: Annotated[float, "of the batch norms' and the whitening's, by SGD", Range(gt=0)] = 106.0
+    head_learning_rate: Annotated[float, "of the last layer, by SGD", Range(gt=0)] = 0.02
+    decay: Annotated[float, "share of biases and head taken off a step, at first", Range(ge=0, lt=1)] = 0.004
+    whitening_epochs: Annotated[float, "passes until the whitening's bias is fixed", Range(gt=0)] = 3.0
+    label_smoothing: Annotated[float, "probability spread over all classes", Range(ge=0, lt=1)] = 0.2
+    shift: Annotated[int, "pixels an image is moved in training, at most; edges are mirrored", Range(ge=0, le=16)] = 2
+
+
+def experiment(config: Config) -> Experiment:
+    data = sources.load("cifar10")
+    size = len(data.train["label"])
+    steps = optim.total_steps(config, size)
+    kernels = optax.linear_schedule(config.learning_rate, 0, steps)
+    return Experiment(
+        config=config,
+        model=Net(whitening(data.train["image"][:5000])),
+        loss=losses.cross_entropy(config.label_smoothing),
+        optimizer=optimizer(config, steps, kernels, round(config.whitening_epochs * size / config.batch_size)),
+        schedule=kernels,
+        train=memory.shuffled(data.train | {"index": np.arange(size, dtype=np.int32)}, config.batch_size, config.seed),
+        eval=memory.in_order(data.test, 1000),
+        steps=steps,
+        prepare=partial(prepare, config),
+        classes=data.classes,
+        train_step=partial(train_step, size),
+        eval_step=eval_step,
+    )
+
+
+# -- the network -------------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """A whitening layer, three groups of two convolutions, a maximum over what is left and a dense layer."""
+
+    whitening: nn.initializers.Initializer
+    widths: tuple[int, ...] = (64, 256, 256)
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """[B, 32, 32, 3] floats to logits [B, classes]."""
+        # held in the State: an eigenvector's sign is not the same on every machine
+        kernel = self.variable("whitening", "kernel", self.whitening, jax.random.key(0), (2, 2, 3, 24))
+        x = jax.lax.conv_general_dilated(
+            x, kernel.value.astype(x.dtype), (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = nn.gelu(x + self.param("whitening_bias", nn.initializers.zeros, 24))
+        for width in self.widths:
+            for pool in (max_pool, lambda x: x):
+                x = nn.Conv(width, (3, 3), use_bias=False, kernel_init=identity, conv_general_dilated=conv)(x)
+                x = BatchNorm(use_running_average=not train, momentum=0.6, epsilon=1e-12)(pool(x))
+                x = nn.gelu(x)
+        x_BxC = x.max((1, 2))
+        return nn.Dense(self.classes, use_bias=False, kernel_init=nn.initializers.normal(1 / x.shape[-1]))(x_BxC)
+
+
+def identity(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """Of a kernel [h, w, C, D]: the first C outputs are the inputs, the others random combinations of them."""
+    height, width, channels, features = shape
+    bound = (height * width * channels) ** -0.5
+    kernel = jax.random.uniform(key, shape, dtype, -bound, bound)
+    same = jnp.zeros((height, width, channels, channels), dtype).at[height // 2, width // 2].set(jnp.eye(channels))
+    return kernel.at[..., :channels].set(same[..., :features])
+
+
+def whitening(image: np.ndarray) -> nn.initializers.Initializer:
+    """Kernel [2, 2, 3, 24] that gives the 2x2 patches of images uint8 [N, H, W, 3] unit covariance.
+
+    Twelve directions, and each again with the other sign, as the activation lets but one through.
+    """
+    x = np.asarray(augment.normalize(jnp.asarray(image), MEAN, STD))
+    height, width = x.shape[1] - 1, x.shape[2] - 1
+    patches = np.stack([x[:, i : i + height, j : j + width] for i in (0, 1) for j in (0, 1)], -2).reshape(-1, 12)
+    values, vectors = np.linalg.eigh(patches.T @ patches / len(patches))
+    vectors = vectors / np.sqrt(values + 5e-4)
+    kernel = np.concatenate([vectors, -vectors], 1).reshape(2, 2, 3, 24)
+    return lambda key, shape, dtype=jnp.float32: jnp.asarray(kernel, dtype)
+
+
+# -- the optimizer -----------------------------------------------------------------------------------------------------
+
+
+def optimizer(
+    config: Config, steps: int, kernels: optax.Schedule, whitening_steps: int
+) -> optax.GradientTransformation:
+    def sgd(peak: float, steps: int) -> optax.GradientTransformation:
+        momentum = optax.sgd(optax.linear_schedule(peak, 0, steps), 0.85, nesterov=True)
+        return optax.chain(optax.add_decayed_weights(config.decay / peak), momentum)
+
+    muon = optax.contrib.scale_by_muon(
+        ns_steps=3, beta=0.6, weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: MATRIX, tree)
+    )
+    return optax.partition(
+        {
+            "kernels": optax.chain(muon, optax.scale_by_learning_rate(kernels), optax.stateless(on_sphere)),
+            "biases": sgd(config.bias_learning_rate, steps),
+            "whitening": sgd(config.bias_learning_rate, whitening_steps),
+            "head": sgd(config.head_learning_rate, steps),
+            "fixed": optax.set_to_zero(),
+        },
+        lambda params: jax.tree.map_with_path(kind, params),
+    )
+
+
+def kind(path: tuple[Any, ...], leaf: jax.Array) -> str:
+    """Which part of the optimizer a parameter belongs to."""
+    if leaf.ndim > 1:
+        return "kernels" if leaf.ndim == 4 else "head"
+    return {"scale": "fixed", "bias": "biases", "whitening_bias": "whitening"}[path[-1].key]
+
+
+def on_sphere(updates: PyTree, params: PyTree) -> PyTree:
+    """Updates that also bring each kernel [h, w, C, D] to norm sqrt(D): before a batch norm its length says nothing."""
+    return jax.tree.map(lambda u, p: u + p * (p.shape[-1] ** 0.5 / jnp.linalg.norm(p) - 1), updates, params)
+
+
+# -- what is seen of an image ------------------------------------------------------------------------------------------
+
+
+def train_step(size: int, exp: Experiment, state: State, batch: Batch) -> tuple[State, Metrics]:
+    """The usual one, of a batch that knows which pass over the set each example is of."""
+    rows = len(batch["label"])
+    epoch = (state.step * rows + jnp.arange(rows, dtype=jnp.int32)) // size
+    return step.train_step(exp, state, batch | {"epoch": epoch})
+
+
+def prepare(config: Config, batch: Batch, key: jax.Array, train: bool) -> Batch:
+    """Normalise; in training move each image a little, and mirror it in every other epoch.
+
+    Which epochs those are is drawn once for each image, so that any two in a row show both its sides.
+    """
+    image = augment.normalize(batch["image"], MEAN, STD)
+    if train:
+        drawn = jax.vmap(partial(jax.random.fold_in, jax.random.key(config.seed)))(batch["index"])
+        first = jax.vmap(jax.random.bernoulli)(drawn)
+        mirrored = first ^ (batch.get("epoch", jnp.zeros_like(batch["index"])) % 2 == 1)
+        image = jnp.where(mirrored[:, None, None, None], image[:, :, ::-1], image)
+        image = augment.per_example(key, image, lambda k, x: augment.crop(k, x, config.shift, "reflect"))
+    return batch | {"image": image}
+
+
+def eval_step(exp: Experiment, state: State, batch: Batch) -> Metrics:
+    """By the mean over six views: as it is (half of it), a pixel up and left, a pixel down and right, and mirrored."""
+    batch = exp.prepare(batch, state.key, False)
+    image, size = batch["image"], batch["image"].shape[1]
+    padded = jnp.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    views = [(0.25, image), (0.125, padded[:, :size, :size]), (0.125, padded[:, 2:, 2:])]
+    views += [(weight, view[:, :, ::-1]) for weight, view in views]
+    logits = [weight * step.forward(exp, *step.evaluated(state), view, train=False)[0] for weight, view in views]
+    return exp.measure(sum(logits), batch)
