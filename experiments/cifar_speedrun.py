@@ -32,7 +32,7 @@ from jaxcompute.models.norm import BatchNorm
 from jaxcompute.models.pooling import max_pool
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-MATRIX = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)  # a kernel [3, 3, C, D] as [9 C, D]
+KERNEL_AS_MATRIX = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)  # [3, 3, C, D] as [9 C, D]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,25 +42,28 @@ class Config(Run):
     eval_every: Annotated[
         int, "steps between evaluations (by default at the end alone); 0: once an epoch", Range(ge=0)
     ] = 10**6
-    learning_rate: Annotated[float, "of kernels, by Muon; all fall to 0 in a line", Range(ge=0)] = 0.24
+    learning_rate: Annotated[float, "of kernels, by Muon; all fall to 0 in a line", Range(gt=0)] = 0.24
     bias_learning_rate: Annotated[float, "of the batch norms' and the whitening's, by SGD", Range(gt=0)] = 106.0
     head_learning_rate: Annotated[float, "of the last layer, by SGD", Range(gt=0)] = 0.02
-    decay: Annotated[float, "share of biases and head taken off a step, at first", Range(ge=0, lt=1)] = 0.004
+    weight_decay: Annotated[float, "L2 of biases and head, times their learning rate", Range(ge=0, lt=1)] = 0.004
     whitening_epochs: Annotated[float, "passes until the whitening's bias is fixed", Range(gt=0)] = 3.0
     label_smoothing: Annotated[float, "probability spread over all classes", Range(ge=0, lt=1)] = 0.2
-    shift: Annotated[int, "pixels an image is moved in training, at most; edges are mirrored", Range(ge=0, le=16)] = 2
+    translate: Annotated[
+        int, "pixels an image is moved in training, at most; edges are mirrored", Range(ge=0, le=16)
+    ] = 2
 
 
 def experiment(config: Config) -> Experiment:
     data = sources.load("cifar10")
     size = len(data.train["label"])
     steps = optim.total_steps(config, size)
+    whitening_steps = max(1, min(steps, round(config.whitening_epochs * size / config.batch_size)))
     kernels = optax.linear_schedule(config.learning_rate, 0, steps)
     return Experiment(
         config=config,
         model=Net(whitening(data.train["image"][:5000])),
         loss=losses.cross_entropy(config.label_smoothing),
-        optimizer=optimizer(config, steps, kernels, round(config.whitening_epochs * size / config.batch_size)),
+        optimizer=optimizer(config, steps, kernels, whitening_steps),
         schedule=kernels,
         train=memory.shuffled(data.train | {"index": np.arange(size, dtype=np.int32)}, config.batch_size, config.seed),
         eval=memory.in_order(data.test, 1000),
@@ -75,6 +78,19 @@ def experiment(config: Config) -> Experiment:
 # -- the network -------------------------------------------------------------------------------------------------------
 
 
+def identity(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """Of a kernel [h, w, C, D]: the first C outputs are the inputs, the others random combinations of them."""
+    height, width, channels, features = shape
+    bound = (height * width * channels) ** -0.5
+    own = min(channels, features)
+    same = jnp.zeros((height, width, channels, own), dtype)
+    same = same.at[height // 2, width // 2].set(jnp.eye(channels, own, dtype=dtype))
+    return jax.random.uniform(key, shape, dtype, -bound, bound).at[..., :own].set(same)
+
+
+Conv = partial(nn.Conv, kernel_size=(3, 3), use_bias=False, kernel_init=identity, conv_general_dilated=conv)
+
+
 class Net(nn.Module):
     """A whitening layer, three groups of two convolutions, a maximum over what is left and a dense layer."""
 
@@ -85,40 +101,32 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """[B, 32, 32, 3] floats to logits [B, classes]."""
-        # held in the State: an eigenvector's sign is not the same on every machine
+        norm = partial(BatchNorm, use_running_average=not train, momentum=0.6, epsilon=1e-12)
+        # in the State, so that a checkpoint is whole
         kernel = self.variable("whitening", "kernel", self.whitening, jax.random.key(0), (2, 2, 3, 24))
         x = jax.lax.conv_general_dilated(
             x, kernel.value.astype(x.dtype), (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        x = nn.gelu(x + self.param("whitening_bias", nn.initializers.zeros, 24))
+        x = nn.gelu(x + self.param("whitening_bias", nn.initializers.zeros, 24))  # [B, 31, 31, 24]
         for width in self.widths:
-            for pool in (max_pool, lambda x: x):
-                x = nn.Conv(width, (3, 3), use_bias=False, kernel_init=identity, conv_general_dilated=conv)(x)
-                x = BatchNorm(use_running_average=not train, momentum=0.6, epsilon=1e-12)(pool(x))
-                x = nn.gelu(x)
+            x = max_pool(Conv(width)(x))
+            x = nn.gelu(norm()(x))
+            x = nn.gelu(norm()(Conv(width)(x)))
         x_BxC = x.max((1, 2))
         return nn.Dense(self.classes, use_bias=False, kernel_init=nn.initializers.normal(1 / x.shape[-1]))(x_BxC)
-
-
-def identity(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """Of a kernel [h, w, C, D]: the first C outputs are the inputs, the others random combinations of them."""
-    height, width, channels, features = shape
-    bound = (height * width * channels) ** -0.5
-    kernel = jax.random.uniform(key, shape, dtype, -bound, bound)
-    same = jnp.zeros((height, width, channels, channels), dtype).at[height // 2, width // 2].set(jnp.eye(channels))
-    return kernel.at[..., :channels].set(same[..., :features])
 
 
 def whitening(image: np.ndarray) -> nn.initializers.Initializer:
     """Kernel [2, 2, 3, 24] that gives the 2x2 patches of images uint8 [N, H, W, 3] unit covariance.
 
-    Twelve directions, and each again with the other sign, as the activation lets but one through.
+    Twelve directions, and each again with the other sign, as the activation lets but one through. In float64 and with
+    signs that are fixed, so that all hosts of a run get the same.
     """
-    x = np.asarray(augment.normalize(jnp.asarray(image), MEAN, STD))
+    x = (image / 255 - MEAN) / STD
     height, width = x.shape[1] - 1, x.shape[2] - 1
     patches = np.stack([x[:, i : i + height, j : j + width] for i in (0, 1) for j in (0, 1)], -2).reshape(-1, 12)
     values, vectors = np.linalg.eigh(patches.T @ patches / len(patches))
-    vectors = vectors / np.sqrt(values + 5e-4)
+    vectors *= np.sign(vectors[np.abs(vectors).argmax(0), range(12)]) / np.sqrt(values + 5e-4)
     kernel = np.concatenate([vectors, -vectors], 1).reshape(2, 2, 3, 24)
     return lambda key, shape, dtype=jnp.float32: jnp.asarray(kernel, dtype)
 
@@ -131,10 +139,10 @@ def optimizer(
 ) -> optax.GradientTransformation:
     def sgd(peak: float, steps: int) -> optax.GradientTransformation:
         momentum = optax.sgd(optax.linear_schedule(peak, 0, steps), 0.85, nesterov=True)
-        return optax.chain(optax.add_decayed_weights(config.decay / peak), momentum)
+        return optax.chain(optax.add_decayed_weights(config.weight_decay / peak), momentum)
 
     muon = optax.contrib.scale_by_muon(
-        ns_steps=3, beta=0.6, weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: MATRIX, tree)
+        ns_steps=3, beta=0.6, weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: KERNEL_AS_MATRIX, tree)
     )
     return optax.partition(
         {
@@ -144,11 +152,11 @@ def optimizer(
             "head": sgd(config.head_learning_rate, steps),
             "fixed": optax.set_to_zero(),
         },
-        lambda params: jax.tree.map_with_path(kind, params),
+        lambda params: jax.tree.map_with_path(group, params),
     )
 
 
-def kind(path: tuple[Any, ...], leaf: jax.Array) -> str:
+def group(path: tuple[Any, ...], leaf: jax.Array) -> str:
     """Which part of the optimizer a parameter belongs to."""
     if leaf.ndim > 1:
         return "kernels" if leaf.ndim == 4 else "head"
@@ -166,7 +174,7 @@ def on_sphere(updates: PyTree, params: PyTree) -> PyTree:
 def train_step(size: int, exp: Experiment, state: State, batch: Batch) -> tuple[State, Metrics]:
     """The usual one, of a batch that knows which pass over the set each example is of."""
     rows = len(batch["label"])
-    epoch = (state.step * rows + jnp.arange(rows, dtype=jnp.int32)) // size
+    epoch = (state.step.astype(jnp.uint32) * rows + jnp.arange(rows, dtype=jnp.uint32)) // size
     return step.train_step(exp, state, batch | {"epoch": epoch})
 
 
@@ -177,11 +185,12 @@ def prepare(config: Config, batch: Batch, key: jax.Array, train: bool) -> Batch:
     """
     image = augment.normalize(batch["image"], MEAN, STD)
     if train:
-        drawn = jax.vmap(partial(jax.random.fold_in, jax.random.key(config.seed)))(batch["index"])
-        first = jax.vmap(jax.random.bernoulli)(drawn)
-        mirrored = first ^ (batch.get("epoch", jnp.zeros_like(batch["index"])) % 2 == 1)
+        index = batch["index"]
+        key_of_mirrors = jax.random.fold_in(jax.random.key(config.seed), 2)  # 0 and 1 are used in `step.init`
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key_of_mirrors, index)
+        mirrored = jax.vmap(jax.random.bernoulli)(keys) ^ (batch.get("epoch", jnp.zeros_like(index)) % 2 == 1)
         image = jnp.where(mirrored[:, None, None, None], image[:, :, ::-1], image)
-        image = augment.per_example(key, image, lambda k, x: augment.crop(k, x, config.shift, "reflect"))
+        image = augment.per_example(key, image, lambda k, x: augment.crop(k, x, config.translate, "reflect"))
     return batch | {"image": image}
 
 

@@ -38,10 +38,12 @@ def keep() -> None:
 
         def put(self, key: str, value: bytes) -> None:
             file = self.path / f"{key}-cache"
-            if file.exists() and self.get(key) is None:  # read again: it may have been another's that was just written
-                print(f"compile cache: {file} was torn and is written anew", file=sys.stderr, flush=True)
+            torn = file.exists() and self.get(key) is None  # read again: it may be another's that was just written
+            if torn:
                 file.unlink(missing_ok=True)
             super().put(key, value)
+            if torn:
+                print(f"compile cache: {file} was torn and is written anew", file=sys.stderr, flush=True)
 
     compilation_cache.LRUCache = Whole  # pyright: ignore[reportPrivateImportUsage]
     jax.config.update("jax_compilation_cache_dir", folder())

@@ -22,4 +22,5 @@ def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
         yield
     finally:
         for number, old in before.items():
-            signal.signal(number, old)
+            if old is not None:  # else it was set outside of Python
+                signal.signal(number, old)

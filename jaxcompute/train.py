@@ -127,7 +127,7 @@ def resolve(exp: Experiment, mesh: jax.sharding.Mesh) -> Experiment:
         most = 2**32 // config.batch_size
         raise BadInput(f"{exp.steps:,} steps of --config.batch_size={config.batch_size}: take {most:,} steps at most")
     most = (2**31 - 1) // config.batch_size  # a `metrics.Mean` counts in int32
-    if min(config.log_every, exp.steps) > most:
+    if min(config.log_every + config.steps_per_call, exp.steps) > most:
         raise BadInput(
             f"--config.log_every={config.log_every}: of --config.batch_size={config.batch_size} take {most:,} at most"
         )

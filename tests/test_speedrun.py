@@ -54,7 +54,7 @@ def test_a_kernel_begins_as_the_identity(features):
 def test_an_image_is_mirrored_every_other_epoch(exp, monkeypatch):
     """Six steps of four are two epochs of twelve: each image is seen once from either side."""
     plain = np.asarray(cifar_speedrun.prepare(exp.config, exp.train.feed(0), jax.random.key(0), False)["image"])
-    exp = dataclasses.replace(exp, config=dataclasses.replace(exp.config, shift=0))
+    exp = dataclasses.replace(exp, config=dataclasses.replace(exp.config, translate=0))
     state = step.init(exp, exp.train.batch(exp.train.feed(0), jnp.int32(0)))
     seen: dict[int, list[bool]] = {i: [] for i in range(12)}
 
@@ -67,13 +67,18 @@ def test_an_image_is_mirrored_every_other_epoch(exp, monkeypatch):
 
     monkeypatch.setattr(step, "train_step", watched)
     for at in range(6):
-        cifar_speedrun.train_step(12, exp, state.replace(step=at), exp.train.batch(exp.train.feed(0), jnp.int32(at)))
+        cifar_speedrun.train_step(
+            12, exp, dataclasses.replace(state, step=jnp.int32(at)), exp.train.batch(exp.train.feed(0), jnp.int32(at))
+        )
     assert all(sorted(sides) == [False, True] for sides in seen.values())
     assert 0 < sum(sides[0] for sides in seen.values()) < 12
 
 
 def test_the_optimizer_keeps_its_spheres_and_what_is_fixed(exp):
     state = step.init(exp, exp.train.batch(exp.train.feed(0), jnp.int32(0)))
+    kernels = {name: leaves["kernel"] * 3 for name, leaves in state.params.items() if "Conv" in name}
+    params = state.params | {name: {"kernel": kernel} for name, kernel in kernels.items()}
+    state = dataclasses.replace(state, params=params)
     biases = []
     for at in range(3):
         state, _ = exp.train_step(exp, state, exp.train.batch(exp.train.feed(0), jnp.int32(at)))
@@ -81,7 +86,7 @@ def test_the_optimizer_keeps_its_spheres_and_what_is_fixed(exp):
     for name, leaves in state.params.items():
         if "Conv" in name:
             kernel = leaves["kernel"]
-            # a step of length sqrt(D) * 0.24 at most is taken from the sphere of radius sqrt(D)
+            # from the sphere of radius sqrt(D) a step of about 0.24 sqrt(D), mostly across
             assert abs(float(jnp.linalg.norm(kernel)) / kernel.shape[-1] ** 0.5 - 1) < 0.3
         if "BatchNorm" in name:
             np.testing.assert_array_equal(leaves["scale"], 1)
@@ -107,3 +112,30 @@ def test_an_evaluation_is_by_six_views(exp):
             logits, _ = step.forward(exp, state.params, state.mutable, jnp.asarray(side), train=False)
             mean = mean + weight / 2 * np.asarray(logits)
     np.testing.assert_allclose(seen[0], mean, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_gradient_biases_and_head_decay_and_kernels_come_to_their_sphere(exp):
+    params = step.init(exp, exp.train.batch(exp.train.feed(0), jnp.int32(0))).params
+    updates, _ = exp.optimizer.update(jax.tree.map(jnp.zeros_like, params), exp.optimizer.init(params), params)
+    head, kernel = (jax.tree.leaves(params[name])[0] for name in ("Dense_0", "Conv_1"))
+    np.testing.assert_allclose(updates["Dense_0"]["kernel"], -0.004 * (1 + 0.85) * head, rtol=1e-5)  # Nesterov's first
+    moved = kernel + updates["Conv_1"]["kernel"]
+    np.testing.assert_allclose(moved, kernel * 4**0.5 / jnp.linalg.norm(kernel), rtol=1e-5, atol=1e-7)
+
+
+def test_muon_takes_a_step_of_the_same_length_in_every_direction(exp):
+    params = step.init(exp, exp.train.batch(exp.train.feed(0), jnp.int32(0))).params
+    grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), params)
+    updates, _ = exp.optimizer.update(grads, exp.optimizer.init(params), params)
+    kernel = params["Conv_0"]["kernel"]  # [3, 3, 24, 4]
+    taken = updates["Conv_0"]["kernel"] - kernel * (4**0.5 / jnp.linalg.norm(kernel) - 1)
+    lengths = np.linalg.svd(np.asarray(taken).reshape(-1, 4), compute_uv=False) / 0.24
+    assert lengths.min() > 0.6 and lengths.max() < 1.3
+    assert float((taken * grads["Conv_0"]["kernel"]).sum()) < 0  # downhill
+
+
+def test_it_begins_in_float64(exp):
+    with jax.enable_x64(True):
+        config = dataclasses.replace(exp.config, precision="float64")
+        state = step.init(dataclasses.replace(exp, config=config), exp.train.batch(exp.train.feed(0), jnp.int32(0)))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float64")}

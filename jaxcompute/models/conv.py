@@ -22,10 +22,10 @@ def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, 
     0.55, of 64 0.46 to 0.80, of 128 0.53, of 256 0.93 (ResNet-20's and ResNet-18's sizes); in bfloat16 0.55 to 0.84, of
     256 1.08.
 
-    Fewer than 16 channels to 64 features at most (in bfloat16 to 16), of 16 examples or more: `by_band`. Forward, the
-    kernel's gradient, and of C3 the input's: LeNet-5's C1 0.16, 0.73, C3 0.93, 1.14, 0.27; 3x3 of 1 channel to 64 0.69,
-    0.33, of 3 to 16 0.38, 0.81, of 3 to 64 1.98, 0.55; in bfloat16 C1 0.17, 0.76, C3 1.16, 1.49, 0.66, of 3 to 16 0.59,
-    1.48.
+    A window to 5x5, of fewer than 16 channels to 64 features at most (in bfloat16 to 16), of 16 examples or more:
+    `by_band`. Forward, the kernel's gradient, and of C3 the input's: LeNet-5's C1 0.16, 0.73, C3 0.93, 1.14, 0.27; 3x3
+    of 1 channel to 64 0.69, 0.33, of 3 to 16 0.38, 0.81, of 3 to 64 1.98, 0.55; in bfloat16 C1 0.17, 0.76, C3 1.16,
+    1.49, 0.66, of 3 to 16 0.59, 1.48.
 
     As any `custom_vjp` these take no forward-mode derivative.
     """
@@ -37,7 +37,7 @@ def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, 
         padding = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
     pads: Any = tuple(map(tuple, padding))
     few = channels[0] < 16 and channels[1] <= (16 if x.dtype == jnp.bfloat16 else 64)
-    if few and len(x) >= 16 and min(window) > 1:
+    if few and len(x) >= 16 and min(window) > 1 and math.prod(window) <= 25:
         return _band(pads, x, kernel)
     if 16 <= min(channels) <= max(channels) <= 256 and one_cpu():
         return _rows(pads, x, kernel)
