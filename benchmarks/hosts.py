@@ -10,12 +10,14 @@ evaluation's 10,000 images, is compared with the single process's: none may be f
 import argparse
 import contextlib
 import datetime
+import math
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,7 @@ def main() -> None:
         "tolerance": TOLERANCE,
     }
     log.write_json(given.out, facts)
-    sys.exit(max(apart.values()) > TOLERANCE)
+    sys.exit(max(apart.values(), default=math.inf) > TOLERANCE)
 
 
 @contextlib.contextmanager
@@ -98,30 +100,50 @@ def hosts(folder: Path) -> Iterator[list[list[str]]]:
             subprocess.run(["ip", "netns", "del", space], capture_output=True)
 
 
-def run(flags: list[str], workdir: Path, prefixes: list[list[str]]) -> None:
-    """launch.py, a process for each prefix of its command; several join at host1. Raises RuntimeError if one fails."""
+def run(flags: list[str], workdir: Path, prefixes: list[list[str]], seconds: float = 1800) -> None:
+    """launch.py, a process for each prefix of its command; several join at host1. None outlives the call.
+
+    Raises:
+        RuntimeError: one failed, or has not ended after so many seconds.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    processes = []
-    for i, prefix in enumerate(prefixes):
-        command = [*prefix, sys.executable, str(ROOT / "launch.py"), *flags, f"--workdir={workdir}"]
-        if len(prefixes) > 1:
-            command += [f"--coordinator=host1:{port}", f"--processes={len(prefixes)}", f"--process={i}"]
-        env = os.environ | {"JAX_PLATFORMS": "cpu"}
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=sys.stderr))
-    if codes := [process.wait() for process in processes if process.wait()]:
-        raise RuntimeError(f"{len(codes)} of {len(processes)} processes failed")
+    processes, end = [], time.monotonic() + seconds
+    try:
+        for i, prefix in enumerate(prefixes):
+            command = [*prefix, sys.executable, str(ROOT / "launch.py"), *flags, f"--workdir={workdir}"]
+            if len(prefixes) > 1:
+                command += [f"--coordinator=host1:{port}", f"--processes={len(prefixes)}", f"--process={i}"]
+            env = os.environ | {"JAX_PLATFORMS": "cpu"}
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=sys.stderr))
+        codes = [process.wait(max(0, end - time.monotonic())) for process in processes]
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"a process has not ended after {seconds:.0f} s") from None
+    finally:
+        for process in processes:
+            process.kill()  # the prefixes replace themselves by what they start
+            process.wait()
+    if any(codes):
+        raise RuntimeError(f"{sum(map(bool, codes))} of {len(codes)} processes failed")
 
 
 def differences(one: Path, other: Path) -> dict[str, float]:
     """The largest relative difference of each value that two runs logged, over their steps."""
     found: dict[str, float] = {}
-    for (step, a), (other_step, b) in zip(log.read(one).items(), log.read(other).items(), strict=True):
+    wanted, given = log.read(one), log.read(other)
+    for step in sorted(wanted.keys() | given.keys()):
+        a, b = wanted.get(step, {}), given.get(step, {})
         for tag in sorted(a.keys() | b.keys()):
             if not tag.startswith(("perf/", "mem/")):
-                apart = abs(a[tag] - b[tag]) / abs(a[tag]) if a[tag] != b[tag] else 0.0
-                found[tag] = max(found.get(tag, 0.0), apart if step == other_step else float("inf"))
+                found[tag] = max(found.get(tag, 0.0), difference(a.get(tag, math.nan), b.get(tag, math.nan)))
     return found
+
+
+def difference(a: float, b: float) -> float:
+    """Relative to a; infinite where one of them is missing or not finite."""
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return math.inf
+    return abs(a - b) / abs(a) if a else math.inf if b else 0.0
 
 
 if __name__ == "__main__":
