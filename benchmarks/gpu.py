@@ -5,11 +5,11 @@
     JAX_PLATFORMS=cpu python benchmarks/gpu.py --out=DIR --tiny         proof that all of it runs, on any machine
 
 A stage (gpu_stages.py) has a process of its own and leaves DIR/<stage>.json and DIR/<stage>.log. The same command goes
-on: what is done is not done again, what failed is. A stage that would not fit into the time that is left is not begun.
-DIR/summary.txt and summary.json have the figures of all stages; they and a packed trace are copied to --back, for a
-machine that gives few files back. Nothing is fetched: the machine needs jax, flax, optax and orbax, and for the peers
-PyTorch. CIFAR-10 comes from the data folder or from the two pieces of pack_cifar.py; without it made-up images serve,
-but for the speedruns, which are left out.
+on: what is done is not done again, what failed is. A stage that would not fit into the time that is left is not begun;
+one that is ended keeps the figures that it had. DIR/summary.txt and summary.json have those of all stages; they and a
+packed trace are also copied to --back. Nothing is fetched: the machine needs jax, flax, optax and orbax, and for the
+peers PyTorch. CIFAR-10 comes from the data folder or from the two pieces of pack_cifar.py; without it made-up images
+serve, but for the speedruns, which are left out.
 
 Its figures on a GPU are open: it has been run on the CPU alone, where speed means nothing.
 """
@@ -50,7 +50,6 @@ STAGES = {
     "correct": Stage(stages.correct, 90),
     "peers_resnet18": Stage(partial(stages.peers, work="resnet18_b256"), 90),
     "peers_resnet50": Stage(partial(stages.peers, work="resnet50"), 150),
-    "peers_apart": Stage(stages.peers_apart, 150),
     "speedrun": Stage(stages.speedrun, 100, "real"),
     "speedrun_torch": Stage(stages.speedrun_torch, 90, "real"),
     "restore": Stage(stages.restore, 40),
@@ -65,6 +64,8 @@ STAGES = {
     "benchmark": Stage(stages.benchmarked, 240, "any"),
 }
 
+MADE_UP = "made_up"  # folder of images that stand for CIFAR-10
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--stages", default=",".join(STAGES), help="by default all: %(default)s")
     parser.add_argument("--limit_s", type=float, default=float("inf"), help="seconds for all of it")
     parser.add_argument("--pieces", type=Path, help="folder of the pieces of CIFAR-10, or of one of them, or of none")
-    parser.add_argument("--back", type=Path, help="folder for the summary and the trace: four files")
+    parser.add_argument("--back", type=Path, help="also copy the summary and the trace there")
     parser.add_argument("--tiny", action="store_true", help="small nets, few steps: only that it runs")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -105,7 +106,7 @@ def suite(names: list[str], given: argparse.Namespace) -> None:
             leave(given, name, "left out", 0, why="CIFAR-10 is not here: bring both pieces, --pieces=DIR")
         else:
             print(f"{name}: some {stage.seconds:.0f} s on an H100", flush=True)
-            begin(name, given, min(left, 3 * stage.seconds) if given.limit_s < float("inf") else None)
+            begin(name, given, min(left, 3 * stage.seconds))
         summarise(given)
     print((given.out / "summary.txt").read_text(), end="")
 
@@ -124,8 +125,9 @@ def bring_images(given: argparse.Namespace, wanted: set[str]) -> bool:
         if (folder / "jaxcompute/cifar10.npz").exists():
             os.environ["JAXCOMPUTE_DATA_DIR"] = str(folder)
             return True
-    made_up = given.out / "made_up"
-    pack_cifar.make_up(made_up)
+    made_up = given.out / MADE_UP
+    if not (made_up / "jaxcompute/cifar10.npz").exists():
+        pack_cifar.make_up(made_up)
     os.environ["JAXCOMPUTE_DATA_DIR"] = str(made_up)
     return False
 
@@ -133,10 +135,11 @@ def bring_images(given: argparse.Namespace, wanted: set[str]) -> bool:
 # -- a stage -----------------------------------------------------------------------------------------------------------
 
 
-def begin(name: str, given: argparse.Namespace, seconds: float | None) -> None:
+def begin(name: str, given: argparse.Namespace, seconds: float) -> None:
     """In a process of its own, ended with all that it started after so many seconds."""
     command = [sys.executable, __file__, f"--stage={name}", f"--out={given.out}", *(["--tiny"] if given.tiny else [])]
-    (given.out / f"{name}.json").unlink(missing_ok=True)
+    for left in (f"{name}.json", stages.KEPT):
+        (given.out / left).unlink(missing_ok=True)
     began, why = time.monotonic(), ""
     with (given.out / f"{name}.log").open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
@@ -150,7 +153,7 @@ def begin(name: str, given: argparse.Namespace, seconds: float | None) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if read(given.out, name) is None:
-        leave(given, name, "failed", time.monotonic() - began, why=why)
+        leave(given, name, "failed", time.monotonic() - began, why=why, rows=kept(given))
     told = read(given.out, name) or {}
     print(
         f"{name}: {told['state']} after {time.monotonic() - began:.0f} s{told['why'] and ': ' + told['why']}",
@@ -168,7 +171,8 @@ def one(name: str, given: argparse.Namespace) -> int:
     except (Exception, SystemExit) as error:
         traceback.print_exc()
         why = f"{type(error).__name__}: {error}"
-        leave(given, name, "failed", time.monotonic() - began, why=why, traceback=traceback.format_exc())
+        seconds, told = time.monotonic() - began, traceback.format_exc()
+        leave(given, name, "failed", seconds, why=why, rows=kept(given), traceback=told)
         return 1
     else:
         rows = [stages.Row(*row)._asdict() for row in facts.pop("rows")]
@@ -178,7 +182,14 @@ def one(name: str, given: argparse.Namespace) -> int:
 
 def leave(given: argparse.Namespace, name: str, state: str, seconds: float, why: str = "", **told: Any) -> None:
     facts = {"stage": name, "tiny": given.tiny, "state": state, "seconds": seconds, "why": why}
+    seen = os.environ.get("JAXCOMPUTE_DATA_DIR") == str(given.out / MADE_UP)
+    facts["made_up"] = seen and STAGES[name].images == "any"
     log.write_json(given.out / f"{name}.json", facts | told)
+
+
+def kept(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """The figures that a stage had when it failed or was ended, where it keeps them."""
+    return (log.read_json(given.out / stages.KEPT) or {"rows": []})["rows"]
 
 
 def read(out: Path, name: str) -> dict[str, Any] | None:
@@ -194,7 +205,10 @@ def summarise(given: argparse.Namespace) -> None:
     told = {name: found | {"log": tail(out / f"{name}.log")} for name in STAGES if (found := read(out, name))}
     found = this_machine()
     log.write_json(out / "summary.json", log.describe({}, tiny=given.tiny, **found, stages=told))
-    log.replace_file(out / "summary.txt", text(told, found["words"] + ["tiny: speeds mean nothing"] * given.tiny))
+    words = found["words"] + ["tiny: speeds mean nothing"] * given.tiny
+    if made_up := [name for name, one in told.items() if one.get("made_up")]:
+        words.append(f"CIFAR-10's images made up for {', '.join(made_up)}")
+    log.replace_file(out / "summary.txt", text(told, words))
     if back:
         back.mkdir(parents=True, exist_ok=True)
         for file in (out / "summary.json", out / "summary.txt", out / stages.TRACE):

@@ -17,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +26,12 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from jaxcompute import log
 from jaxcompute.errors import BadInput
 
 ROOT = Path(__file__).parents[1]
 TRACE = "trace.xplane.pb.gz"
+KEPT = "kept.json"  # what the stage that runs has so far
 Facts = dict[str, Any]
 
 
@@ -56,6 +59,11 @@ def at_most(goal: float, what: str, value: float, unit: str = "") -> Row:
 
 def equal(what: str, same: bool) -> Row:
     return Row(what, "equal" if same else "differ", goal="equal", holds=same)
+
+
+def keep(out: Path, rows: list[Row]) -> None:
+    """The figures so far, which are not lost where the stage is ended."""
+    log.write_json(out / KEPT, {"rows": [row._asdict() for row in rows]})
 
 
 # -- does it compute the same? -----------------------------------------------------------------------------------------
@@ -248,96 +256,28 @@ def next_loss(program: Any, state: Any) -> float:
 
 def peers(out: Path, tiny: bool, work: str, jobs: str = "train") -> Facts:
     """side_by_side.py's comparison in bfloat16: ours, plain Linen, PyTorch eager and torch.compile."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")  # before jax starts: PyTorch needs memory too
     from benchmarks import side_by_side
     from jaxcompute.compute import benchmark
 
     if tiny:
         work, jobs = "tiny_resnet", jobs.replace("32,256", "2")
     precision, others = "float32" if tiny else "bfloat16", []
-    timings = compared(work, jobs, tiny, others.append)  # which goes on where one does: the table tells
+    options = argparse.Namespace(precision=precision, jobs=jobs, compile=True)
+    options.rounds, options.seconds = (2, 0.01) if tiny else (9, 0.7)
+    timings = side_by_side.compare(work, options, others.append)  # which goes on where one does: the table tells
     rows = [Row(f"{work}: loss and gradient of all", ", ".join(others) or "alike", "", "alike", not others)]
     for timing in timings:
         batch = side_by_side.WORKS[work].batch if timing.job == "train" else int(timing.job.partition(" b")[2])
         rows.append(Row(f"{work}, {timing.job}: {timing.who}", batch / timing.ms * 1e3, "examples/s"))
         if timing.who != "ours":
-            rows.append(over(f"{work}, {timing.job}", timing.who, timing.ratio, jobs == "train"))
+            over = f"{work}, {timing.job}: over {timing.who}", timing.ratio
+            wanted = jobs == "train" and timing.who == "torch.compile"
+            rows.append(at_least(1.2, *over) if wanted else Row(*over))
     if jobs == "train":
         flops, peak = programmed(side_by_side.experiment(work, precision)).flops(), benchmark.roofs().flops[precision]
         rows += [Row(f"{work}: {t.who} of the chip's peak", flops / t.ms * 1e3 / peak) for t in timings]
     return {"rows": rows, "timings": [timing._asdict() for timing in timings], "torch": side_by_side.facts()[1]}
-
-
-def over(what: str, who: str, ratio: float, training: bool) -> Row:
-    words = f"{what}: over {who}", ratio
-    return at_least(1.2, *words) if training and who == "torch.compile" else Row(*words)
-
-
-def compared(work: str, jobs: str, tiny: bool, differs: Callable[[str], object]) -> list[Any]:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")  # before jax starts: PyTorch needs memory too
-    from benchmarks import side_by_side
-
-    options = argparse.Namespace(precision="float32" if tiny else "bfloat16", jobs=jobs, compile=True)
-    options.rounds, options.seconds = (2, 0.01) if tiny else (9, 0.7)
-    return side_by_side.compare(work, options, differs)
-
-
-def peers_apart(out: Path, tiny: bool) -> Facts:
-    """Where `peers` failed, as two frameworks in one process may over a library: each in a process of its own."""
-    works = {"peers_resnet18": "resnet18_b256", "peers_resnet50": "resnet50"}
-    wanted = [work for stage, work in works.items() if '"failed"' in text_of(out / f"{stage}.json")]
-    if not wanted and not tiny:
-        raise LeftOut("no stage of peers has failed")
-    rows = []
-    for work in ["tiny_resnet"] if tiny else wanted:
-        fields = {"work": work, "tiny": tiny}
-        times = called("jax_alone", fields) | called("torch_alone", fields, JAX_PLATFORMS="cpu")
-        rows += [Row(f"{work}, train: {who}", rate, "examples/s") for who, rate in times.items()]
-        rows += [over(f"{work}, train", who, times["ours"] / times[who], True) for who in list(times)[1:]]
-    return {"rows": rows}
-
-
-def text_of(file: Path) -> str:
-    return file.read_text() if file.exists() else ""
-
-
-def jax_alone(work: str, tiny: bool) -> dict[str, float]:
-    """Of `peers_apart`: examples/s of ours and of plain Linen."""
-    from benchmarks import peers as nets
-    from benchmarks import side_by_side
-
-    nets.torch = None
-    batch = side_by_side.WORKS[work].batch
-    return {timing.who: batch / timing.ms * 1e3 for timing in compared(work, "train", tiny, print)}
-
-
-def torch_alone(work: str, tiny: bool) -> dict[str, float]:
-    """Of `peers_apart`: examples/s of PyTorch, with weights and images of its own."""
-    from benchmarks import peers as nets
-    from benchmarks import side_by_side
-
-    torch, task = nets.torch, side_by_side.WORKS[work]
-    if torch is None:
-        return {}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    side, _, channels = task.image
-    image = torch.randn(task.batch, channels, side, side, device=device).to(memory_format=torch.channels_last)
-    label = torch.randint(task.classes, (task.batch,), device=device)
-    found = {}
-    for who in ("torch eager", "torch.compile"):
-        net = nets.torch_model(task.plain(nets), channels, side).to(device, memory_format=torch.channels_last).train()
-        step = nets.torch_step(torch.compile(net) if who == "torch.compile" else net, "float32" if tiny else "bfloat16")
-
-        def second(steps: int, step: Any = step) -> float:
-            began = time.perf_counter()
-            for _ in range(steps):
-                step(image, label)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            return (time.perf_counter() - began) / steps
-
-        second(5)
-        found[who] = task.batch / median([second(2 if tiny else 20) for _ in range(9)])
-    return found
 
 
 def speedrun(out: Path, tiny: bool) -> Facts:
@@ -347,6 +287,7 @@ def speedrun(out: Path, tiny: bool) -> Facts:
     from jaxcompute import train
     from jaxcompute.data import memory
 
+    jax.config.update("jax_compilation_cache_dir", None)  # a program read from there would not tell how long it takes
     module = importlib.import_module("experiments.cifar_speedrun")
     runs = []
     for seed in range(1 if tiny else 3):
@@ -369,6 +310,7 @@ def speedrun(out: Path, tiny: bool) -> Facts:
         ended = time.perf_counter()
         facts = {"compile_s": ready - began, "train_s": trained - ready, "eval_s": ended - trained}
         runs.append({"seed": seed, **facts, "accuracy": accuracy})
+        keep(out, run_rows("ours", runs))
         print(runs[-1], flush=True)
     return {"rows": run_rows("ours", runs), "runs": runs}
 
@@ -379,7 +321,9 @@ def speedrun_torch(out: Path, tiny: bool) -> Facts:
         raise LeftOut("PyTorch is not installed")
     few = ["--runs=1", "--epochs=1", "--batch_size=16", "--examples=32", "--no-compile"]
     command = [sys.executable, str(ROOT / "benchmarks/speedrun_torch.py"), *(few if tiny else ["--runs=5"])]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    with tempfile.TemporaryDirectory() as cache:  # of its own and empty, so that the first run compiles
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+        ended = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(ended.stdout.splitlines()[-1])
     who = "torch.compile" if found["compiled"] else "torch eager"
     rows = [*run_rows(who, found["runs"]), Row(f"{who}: first run, compiling and training", found["first_run_s"], "s")]
@@ -408,7 +352,7 @@ median = statistics.median
 # -- what do its settings give? ----------------------------------------------------------------------------------------
 
 
-def sweep(out: Path, tiny: bool, seconds: float = 200) -> Facts:
+def sweep(out: Path, tiny: bool, seconds: float = 150) -> Facts:
     """Steps in one call, and precisions, of cifar_resnet and an MLP; no point begins after so many seconds."""
     import jax
 
@@ -435,6 +379,7 @@ def sweep(out: Path, tiny: bool, seconds: float = 200) -> Facts:
             point = benchmark.measure(exp, setting, roofs, joules, 0.1 if tiny else 1.0)
             found.append({"net": name, **point._asdict(), "setting": setting._asdict()})
             rows.append(Row(what, point.examples_per_sec, "examples/s"))
+            keep(out, rows)
             print(rows[-1], flush=True)
     return {"rows": rows, "points": found, "roofs": roofs._asdict()}
 
@@ -474,6 +419,7 @@ def roofs(out: Path, tiny: bool) -> Facts:
             Row(f"{name}: memory at most", point.measured, "B"),
             Row(f"{name}: the device idle", traced.idle),
         ]
+        keep(out, rows)
         left[name] = {"point": point._asdict(), "roofline": roofline.to_json(roof)}
         left[name]["by_kind"], left[name]["by_place"] = profile.by(traced, "kind"), profile.by(traced, "place")[:40]
     return {"rows": rows, "nets": left}
@@ -533,6 +479,7 @@ def loops(out: Path, tiny: bool) -> Facts:
         rows.append(at_least(goals[name], f"{name}: bare over loop", found.share))
         rows += [Row(f"{name}: bare", found.bare_ms, "ms"), Row(f"{name}: gather, augment", found.batch_ms, "ms")]
         left.append(found._asdict())
+        keep(out, rows)
     return {"rows": rows, "loops": left}
 
 
@@ -597,7 +544,7 @@ def called(name: str, fields: Facts, **env: str) -> Facts:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-PARTS: list[Callable[..., Facts]] = [save, come_back, jax_alone, torch_alone, timed]
+PARTS: list[Callable[..., Facts]] = [save, come_back, timed]
 
 if __name__ == "__main__":
     print(json.dumps({part.__name__: part for part in PARTS}[sys.argv[1]](**json.loads(sys.argv[2]))))

@@ -1,11 +1,11 @@
-"""CIFAR-10 in two files of at most 60 MiB, and back: for a machine that has no network and takes little at a time.
+"""CIFAR-10 in two files of at most 60 MiB, and back: for a machine without a network.
 
     python benchmarks/pack_cifar.py pack --pieces=DIR              from the data folder's prepared set
     python benchmarks/pack_cifar.py unpack --pieces=DIR            into the data folder, where `sources.load` finds it
 
 A piece is an .npz: mosaics of images as lossless WebP, which takes 56 % of the pixels' bytes, and with either piece all
-the labels and the digest of each array. What is unpacked equals what was packed in every bit, or is refused. The other
-machine needs numpy and Pillow, and neither TFDS nor grain.
+the labels, the classes' names and the digest of each array. What is unpacked equals what was packed in every bit, or is
+refused. The other machine needs numpy and Pillow, and neither TFDS nor grain.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from jaxcompute.errors import BadInput
 MOST = 60 * 2**20  # bytes of a piece
 TILES = 100  # along a side of a mosaic
 NAMES = "cifar10-0.npz", "cifar10-1.npz"
+KEYS = {"mosaic_00", "count", "side", "train_label", "test_label", "classes", "digests"}  # of each, at least
 
 
 def main() -> None:
@@ -47,7 +48,8 @@ def main() -> None:
         else:
             print(f"in {place(given.pieces, given.data_dir)}")
     except BadInput as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 def pack(dataset: sources.Dataset, folder: Path) -> list[Path]:
@@ -93,7 +95,10 @@ def unpack(folder: Path) -> sources.Dataset:
         {"image": image[cut:], "label": rest["test_label"]},
         tuple(rest["classes"].tolist()),
     )
-    if wrong := [name for name, digest in digests(dataset).items() if wanted[name] != digest]:
+    wrong = [name for name, digest in digests(dataset).items() if wanted[name] != digest]
+    if not np.array_equal(rest["classes"], pieces[1]["classes"]):
+        wrong.append("classes")
+    if wrong:
         raise BadInput(f"{folder}: {' and '.join(wrong)} came out other than packed; bring the pieces anew")
     return dataset
 
@@ -101,9 +106,12 @@ def unpack(folder: Path) -> sources.Dataset:
 def piece(file: Path) -> dict[str, np.ndarray]:
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-            return dict(arrays)
+            found = dict(arrays)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(f"{file} is damaged ({error}); bring it anew") from None
+    if missing := KEYS - found.keys():
+        raise BadInput(f"{file} is no piece, as it has no {', '.join(sorted(missing))}; bring both pieces anew")
+    return found
 
 
 def images(piece: dict[str, np.ndarray]) -> np.ndarray:
@@ -115,27 +123,22 @@ def images(piece: dict[str, np.ndarray]) -> np.ndarray:
 
 def place(folder: Path, data_dir: Path) -> Path:
     """The unpacked set's file in the data folder, where `sources.load` reads it. Raises as `unpack`."""
-    file = data_dir / "jaxcompute" / "cifar10.npz"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    sources._write_cache(unpack(folder), file)
+    file = sources.store(unpack(folder), data_dir)
     sources.load("cifar10", data_dir)
     return file
 
 
 def make_up(data_dir: Path) -> None:
     """Random images of CIFAR-10's sizes, where the real ones are not: for what asks for speed alone."""
-    published, random = sources._SETS["cifar10"], np.random.default_rng(0)
+    random = np.random.default_rng(0)
     splits = {
         split: {
-            "image": random.integers(0, 256, (size, *published.shape), np.uint8),
-            "label": random.integers(0, published.classes, size, np.int32),
+            "image": random.integers(0, 256, (size, 32, 32, 3), np.uint8),
+            "label": random.integers(0, 10, size, np.int32),
         }
-        for split, size in published.sizes.items()
+        for split, size in {"train": 50_000, "test": 10_000}.items()
     }
-    file = data_dir / "jaxcompute" / "cifar10.npz"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    classes = tuple(f"made up {i}" for i in range(published.classes))
-    sources._write_cache(sources.Dataset("cifar10", **splits, classes=classes), file)
+    sources.store(sources.Dataset("cifar10", **splits, classes=tuple(f"made up {i}" for i in range(10))), data_dir)
 
 
 def parts(image: np.ndarray) -> Iterator[np.ndarray]:

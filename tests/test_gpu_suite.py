@@ -83,7 +83,14 @@ def test_a_stage_that_fails_is_told_and_the_next_begins(suite, tmp_path):
 
 
 def test_what_has_no_time_or_no_data_is_not_begun(suite, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pack_cifar, "make_up", lambda folder: None)
+    made = []
+
+    def make_up(folder: Path) -> None:
+        made.append(folder)
+        (folder / "jaxcompute").mkdir(parents=True)
+        (folder / "jaxcompute/cifar10.npz").touch()
+
+    monkeypatch.setattr(pack_cifar, "make_up", make_up)
     stages = {"long": gpu.Stage(well, 2000), "real": gpu.Stage(well, 1, "real"), "any": gpu.Stage(well, 1, "any")}
     told = suite(stages, pieces=tmp_path)
     assert told.keys() == {"real", "any"}
@@ -92,15 +99,30 @@ def test_what_has_no_time_or_no_data_is_not_begun(suite, tmp_path, capsys, monke
     said = capsys.readouterr().out
     assert "long: not begun, as it takes some 2000 s and 1000 s are left" in said
     assert "has no cifar10-0.npz and no cifar10-1.npz" in said
+    suite(stages)
+    assert made == [tmp_path / "made_up"]  # once
+    assert "CIFAR-10's images made up for any\n" in (tmp_path / "summary.txt").read_text()
+
+
+def test_a_stage_has_three_times_its_seconds_or_what_is_left(suite, monkeypatch):
+    allowed = []
+    monkeypatch.setattr(gpu, "begin", lambda name, given, seconds: allowed.append(seconds))
+    suite({"well": gpu.Stage(well, 10)}, limit_s=float("inf"))
+    suite({"well": gpu.Stage(well, 10)}, limit_s=20.0)
+    assert allowed[0] == 30
+    assert 10 < allowed[1] <= 20
 
 
 def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
-    script, pid = tmp_path / "stage.py", tmp_path / "pid"
-    started = "child = subprocess.Popen(['sleep', '600'])"
-    script.write_text(f"import subprocess\n{started}\nopen('{pid}', 'w').write(str(child.pid))\nchild.wait()\n")
+    script, pid = tmp_path / "stage.sh", tmp_path / "pid"
+    row = gpu.stages.Row("a point", 2.5)._asdict()
+    kept = f"echo '{json.dumps({'rows': [row]})}' > {tmp_path}/{gpu.stages.KEPT}"
+    script.write_text(f"sleep 600 &\necho $! > {pid}\n{kept}\nwait\n")
     monkeypatch.setattr(gpu, "__file__", str(script))
-    gpu.begin("correct", argparse.Namespace(out=tmp_path, tiny=True), 4.0)
-    assert gpu.read(tmp_path, "correct")["why"] == "it took more than 4 s"
+    monkeypatch.setattr(sys, "executable", "/bin/sh")  # which starts at once on a busy machine too
+    gpu.begin("correct", argparse.Namespace(out=tmp_path, tiny=True), 5.0)
+    told = gpu.read(tmp_path, "correct")
+    assert (told["state"], told["why"], told["rows"]) == ("failed", "it took more than 5 s", [row])
     deadline = time.monotonic() + 10
     while runs(int(pid.read_text())):
         assert time.monotonic() < deadline, "what it started still runs"
@@ -155,7 +177,14 @@ def test_a_piece_that_is_missing_or_of_another_set_is_refused(small, tmp_path):
     (tmp_path / "others" / pieces[1].name).replace(pieces[1])
     with pytest.raises(BadInput, match="test image came out other than packed"):
         pack_cifar.unpack(tmp_path / "pieces")
-    pieces[1].write_bytes(pieces[1].read_bytes()[:1000])
+    pack_cifar.pack(dataclasses.replace(small, classes=tuple("abcdefghji")), tmp_path / "others")
+    (tmp_path / "others" / pieces[1].name).replace(pieces[1])
+    with pytest.raises(BadInput, match="classes came out other than packed"):
+        pack_cifar.unpack(tmp_path / "pieces")
+    np.savez(pieces[1], image=np.zeros(3), side=8)
+    with pytest.raises(BadInput, match=r"cifar10-1\.npz is no piece, as it has no classes, count, digests, mosaic_00"):
+        pack_cifar.unpack(tmp_path / "pieces")
+    pieces[1].write_bytes(pieces[1].read_bytes()[:100])
     with pytest.raises(BadInput, match=r"cifar10-1\.npz is damaged"):
         pack_cifar.unpack(tmp_path / "pieces")
     pieces[0].unlink()
@@ -164,47 +193,64 @@ def test_a_piece_that_is_missing_or_of_another_set_is_refused(small, tmp_path):
 
 
 def test_the_speedruns_peer_takes_the_same_steps():
+    """In float64, as Muon makes rounding's part of a gradient as large as others: in float32 kernels are 5 % apart."""
     torch = pytest.importorskip("torch")
     from benchmarks import speedrun_torch as peer
     from experiments import cifar_speedrun as ours
     from jaxcompute import losses
 
-    rows, steps, widths = 16, 20, (8, 16, 16)
-    config = ours.Config(batch_size=rows, epochs=10.0, steps=steps)
+    rows, steps, whitening_steps, widths = 16, 20, 6, (8, 16, 16)
+    config = ours.Config(batch_size=rows, epochs=10.0, steps=steps, whitening_epochs=3.0)
     random = np.random.default_rng(0)
-    image, label = random.normal(size=(rows, 32, 32, 3)).astype(np.float32), random.integers(0, 10, rows)
+    image, label = random.normal(size=(rows, 32, 32, 3)), random.integers(0, 10, rows)
     pixels = random.integers(0, 256, (100, 8, 8, 3), np.uint8)
     model, loss = ours.Net(ours.whitening(pixels), widths), losses.cross_entropy(config.label_smoothing)
-    variables = model.init(jax.random.key(0), jnp.asarray(image))
-    params, mutable = variables["params"], {name: x for name, x in variables.items() if name != "params"}
-    optimizer = ours.optimizer(config, steps, optax.linear_schedule(config.learning_rate, 0, steps), steps * 3 // 10)
-    opt_state = optimizer.init(params)
+    variables = jax.device_get(model.init(jax.random.key(0), jnp.asarray(image, jnp.float32)))
 
     def tensor(array, *axes):
-        return torch.from_numpy(np.array(array).transpose(axes).copy())
+        return torch.from_numpy(np.array(array, np.float64).transpose(axes).copy())
 
-    net = peer.Net(tensor(mutable["whitening"]["kernel"], 3, 2, 0, 1), widths)
+    net = peer.Net(tensor(variables["whitening"]["kernel"], 3, 2, 0, 1), widths).double()
     for i, conv in enumerate(net.convs):
-        conv.weight.data = tensor(params[f"Conv_{i}"]["kernel"], 3, 2, 0, 1)
-    net.head.weight.data = tensor(params["Dense_0"]["kernel"], 1, 0)
+        conv.weight.data = tensor(variables["params"][f"Conv_{i}"]["kernel"], 3, 2, 0, 1)
+    net.head.weight.data = tensor(variables["params"]["Dense_0"]["kernel"], 1, 0)
     muon, sgd = peer.optimizers(net, config, peer.orthogonal)
 
-    @jax.jit
-    def step(params, opt_state):
-        def of(params):
-            logits, _ = model.apply({"params": params, **mutable}, image, train=True, mutable=["batch_stats"])
-            return loss(logits, {"label": jnp.asarray(label)})[0]
+    with jax.enable_x64(True):
+        params, mutable = (
+            jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
+            for tree in (variables["params"], {name: x for name, x in variables.items() if name != "params"})
+        )
+        schedule = optax.linear_schedule(config.learning_rate, 0, steps)
+        optimizer = ours.optimizer(config, steps, schedule, whitening_steps)
+        opt_state = optimizer.init(params)
 
-        value, gradient = jax.value_and_grad(of)(params)
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        return value, optax.apply_updates(params, updates), opt_state
+        @jax.jit
+        def step(params, opt_state):
+            def of(params):
+                logits, _ = model.apply({"params": params, **mutable}, image, train=True, mutable=["batch_stats"])
+                return loss(logits, {"label": jnp.asarray(label)})[0]
 
-    found, wanted = [], []
-    for at in range(3):
-        value, params, opt_state = step(params, opt_state)
-        wanted.append(float(value))
-        total = peer.loss_of(net(tensor(image, 0, 3, 1, 2)), torch.from_numpy(label), config)
-        peer.learn(total, muon, sgd, at, steps)
-        found.append(total.item() / rows)
-    np.testing.assert_allclose(found, wanted, rtol=1e-3)
-    assert wanted[2] < wanted[0]
+            value, gradient = jax.value_and_grad(of)(params)
+            updates, opt_state = optimizer.update(gradient, opt_state, params)
+            return value, optax.apply_updates(params, updates), opt_state
+
+        found, wanted = [], []
+        for at in range(8):
+            value, params, opt_state = step(params, opt_state)
+            wanted.append(float(value))
+            logits = net(tensor(image, 0, 3, 1, 2), at < whitening_steps)
+            total = peer.loss_of(logits, torch.from_numpy(label), config)
+            peer.learn(total, muon, sgd, at, steps)
+            found.append(total.item() / rows)
+        params = jax.device_get(params)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    pairs = {
+        "whitening_bias": (net.whitening_bias, params["whitening_bias"]),
+        "head": (net.head.weight.T, params["Dense_0"]["kernel"]),
+    }
+    for i, (conv, norm) in enumerate(zip(net.convs, net.norms, strict=True)):
+        pairs[f"kernel {i}"] = conv.weight.permute(2, 3, 1, 0), params[f"Conv_{i}"]["kernel"]
+        pairs[f"bias {i}"] = norm.bias, params[f"BatchNorm_{i}"]["bias"]
+    apart = {name: np.linalg.norm(a.detach().numpy() - b) / np.linalg.norm(b) for name, (a, b) in pairs.items()}
+    assert max(apart.values()) < 5e-3, apart

@@ -177,6 +177,14 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
     return dataset
 
 
+def store(dataset: Dataset, root: Path) -> Path:
+    """The file in a data folder where `load` finds the set: for a stock set that was prepared elsewhere."""
+    file = root / "jaxcompute" / f"{dataset.name}.npz"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _write_cache(dataset, file)
+    return file
+
+
 def _read_cache(name: str, path: Path) -> Dataset | None:
     """The .npz, or None where it is missing or damaged: zip keeps a CRC of each array, checked as it is read."""
     published = _SETS[name]
