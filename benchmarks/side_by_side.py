@@ -219,7 +219,7 @@ def compare(name: str, options: argparse.Namespace, differs: Callable[[str], obj
     scale = np.linalg.norm(grads["ours"])
     # Rounding, seen through twenty layers: of ResNet-18 at batch 64, whose gradient is 6e-3 from its PyTorch twin's in
     # float32, it is 0.26 in bfloat16, the losses 5e-4 apart.
-    most, limit = (1e-4, 1e-2) if precision == "float32" else (0.05, 0.5)
+    most, limit = (1e-4, 1e-2) if precision == "float32" else (0.05, 0.5 if "resnet18" in name else 0.2)
     for peer in losses.keys() - {"ours"}:
         far = np.linalg.norm(grads[peer] - grads["ours"]) / scale
         print(
