@@ -2,10 +2,11 @@
 
     python benchmarks/speedrun_torch.py --runs=4
 
-Data, whitening kernel and every number of the recipe are the experiment's own, taken before the clock begins. The rest
-is as PyTorch does it best: channels_last, weights in float16 on a GPU, the whole set augmented on the device once an
-epoch, no gradient through the whitening's bias once that is fixed, and `torch.compile`. The first run compiles and is
-not counted. As a sum, not a mean, the loss keeps its gradients within float16; SGD's rates are divided accordingly.
+Data, whitening kernel, steps and every field of its Config are the experiment's own, taken before the clock begins. The
+rest is as PyTorch does it best: channels_last, weights in float16 on a GPU, the whole set augmented on the device once
+an epoch, whose last examples are left out where they fill no batch, no gradient through the whitening's bias once that
+is fixed, and `torch.compile`. The first run compiles and is not counted. As a sum, not a mean, the loss keeps its
+gradients within float16; SGD's rates are divided accordingly.
 """
 
 import argparse
@@ -18,13 +19,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # the GPU is PyTorch's alone
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
+
+from jaxcompute.errors import BadInput
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -40,6 +42,7 @@ class Task(NamedTuple):
     """What the experiment says."""
 
     config: Any
+    steps: int
     train: Split
     test: Split
     mean: Any  # of the pixels 0 to 255, [3, 1, 1]
@@ -64,14 +67,19 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, help="the experiment's by default")
     parser.add_argument("--examples", type=int, help="of each split; all by default")
     given = parser.parse_args()
-    print(json.dumps(measure(given)))
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: the GPU is PyTorch's alone
+    try:
+        task = recipe(given)
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(json.dumps(measure(task, given)))
 
 
-def measure(given: argparse.Namespace) -> dict[str, Any]:
+def measure(task: Task, given: argparse.Namespace) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
-    task, began = recipe(given), time.perf_counter()
-    net, compiled = network(task), given.compile
+    began, net, compiled = time.perf_counter(), network(task), given.compile
     try:
         call, newton_schulz = calls(net, compiled)
         run(0, task, net, call, newton_schulz)
@@ -96,9 +104,14 @@ def calls(net: Any, compiled: bool) -> tuple[Callable[..., Any], Callable[..., A
 
 
 def recipe(given: argparse.Namespace) -> Task:
+    """Raises BadInput: no CIFAR-10, a length that is not positive, or fewer examples than a batch takes."""
     module = importlib.import_module("experiments.cifar_speedrun")
     fields = {name: getattr(given, name) for name in ("epochs", "batch_size") if getattr(given, name) is not None}
-    data = module.sources.load("cifar10")
+    config, data = module.Config(**fields), module.sources.load("cifar10")
+    size = len(data.train["label"][: given.examples])
+    if size < config.batch_size:
+        raise BadInput(f"--batch_size={config.batch_size}: there are {size} examples; give a smaller one")
+    steps = module.optim.total_steps(config, size)
 
     def split(arrays: dict[str, np.ndarray]) -> Split:
         image, label = (torch.from_numpy(arrays[key][: given.examples]).to(DEVICE) for key in ("image", "label"))
@@ -111,7 +124,7 @@ def recipe(given: argparse.Namespace) -> Task:
     kernel = torch.from_numpy(kernel.transpose(3, 2, 0, 1)).contiguous()
     mean, std = (255 * torch.tensor(values, device=DEVICE).view(3, 1, 1) for values in (module.MEAN, module.STD))
     dtype = getattr(torch, given.precision)
-    return Task(module.Config(**fields), split(data.train), split(data.test), mean, std, kernel, dtype)
+    return Task(config, steps, split(data.train), split(data.test), mean, std, kernel, dtype)
 
 
 # -- the network -------------------------------------------------------------------------------------------------------
@@ -190,12 +203,12 @@ def optimizers(net: Any, config: Any, newton_schulz: Callable[[Any], Any]) -> tu
     rows, epochs = config.batch_size, config.epochs
 
     def group(params: list[Any], peak: float, share: float = 1.0) -> dict[str, Any]:
-        decay = config.decay / peak * rows if peak else 0.0
+        decay = config.weight_decay / peak * rows if peak else 0.0
         return {"params": params, "lr": peak / rows, "peak": peak / rows, "weight_decay": decay, "share": share}
 
     groups = [
         group([norm.bias for norm in net.norms], config.bias_learning_rate),
-        group([net.whitening_bias], config.bias_learning_rate, config.whitening_epochs / epochs),
+        group([net.whitening_bias], config.bias_learning_rate, min(1.0, config.whitening_epochs / epochs)),
         group([net.head.weight], config.head_learning_rate),
     ]
     muon = Muon([conv.weight for conv in net.convs], config.learning_rate, newton_schulz)
@@ -208,7 +221,7 @@ def optimizers(net: Any, config: Any, newton_schulz: Callable[[Any], Any]) -> tu
 
 def batches(config: Any, train: Split, image: Any, epochs: int) -> Iterator[tuple[int, Any, Any]]:
     """Endless but for `epochs`: each image moved a little, and mirrored every other epoch."""
-    size, shift, rows = len(image), config.shift, config.batch_size
+    size, shift, rows = len(image), config.translate, config.batch_size
     first = torch.rand(size, device=DEVICE) < 0.5
     image = torch.where(first[:, None, None, None], image.flip(3), image)
     padded = F.pad(image, (shift,) * 4, "reflect")
@@ -236,12 +249,11 @@ def views(image: Any) -> Iterator[tuple[float, Any]]:
 
 def run(seed: int, task: Task, net: Any, call: Callable[..., Any], newton_schulz: Callable[..., Any]) -> Run:
     """Whole training, of the net begun anew, and one evaluation. `call` is the net's, perhaps compiled."""
-    config, train, test = task.config, task.train, task.test
+    config, steps, train, test = task.config, task.steps, task.train, task.test
     torch.manual_seed(seed)
     net.load_state_dict(network(task).state_dict())
     muon, sgd = optimizers(net, config, newton_schulz)
     rows, size = config.batch_size, len(train.label)
-    steps = round(config.epochs * size / rows)
 
     def pixels(split: Split) -> Any:
         image = (split.image.float() - task.mean) / task.std
