@@ -99,6 +99,7 @@ def test_what_has_no_time_or_no_data_is_not_begun(suite, tmp_path, capsys, monke
     said = capsys.readouterr().out
     assert "long: not begun, as it takes some 2000 s and 1000 s are left" in said
     assert "has no cifar10-0.npz and no cifar10-1.npz" in said
+    monkeypatch.setenv("JAXCOMPUTE_DATA_DIR", str(tmp_path / "nothing"))  # as a new process sees it
     suite(stages)
     assert made == [tmp_path / "made_up"]  # once
     assert "CIFAR-10's images made up for any\n" in (tmp_path / "summary.txt").read_text()
