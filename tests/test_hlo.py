@@ -17,7 +17,7 @@ PRODUCTS = (hlo.CONVOLUTION, hlo.MATMUL)
 
 @pytest.fixture(autouse=True)
 def convolutions_as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(conv, "BAND", 0)  # on the CPU small ones are matrix products of their own
+    monkeypatch.setattr(conv, "_band", conv._plain)  # on the CPU small ones are matrix products of their own
 
 
 def step_of(model: nn.Module, **fields) -> tuple[train.Program, list[hlo.Instruction]]:

@@ -90,7 +90,7 @@ def test_the_trace_of_a_gpu(monkeypatch, tmp_path):
 
 
 def test_a_real_trace_of_two_devices(tmp_path, monkeypatch):
-    monkeypatch.setattr(conv, "BAND", 0)  # convolutions as on a GPU
+    monkeypatch.setattr(conv, "_band", conv._plain)  # convolutions as on a GPU
     exp = tiny.mlp(CNN((4, 6), (8,), 3), mesh_data=2, batch_size=32)
     found = profile.run(exp, tmp_path, seconds=0.05)
     assert found.devices == 2 and 4 <= found.steps <= 50
