@@ -1,4 +1,4 @@
-"""CIFAR-10 to 94 % of the test images in nine passes over the others.
+"""CIFAR-10 to 94 % of the test images in nine passes over the training set.
 
     python launch.py --experiment=cifar_speedrun
 
