@@ -91,8 +91,9 @@ def hosts(folder: Path) -> Iterator[list[list[str]]]:
                 raise NotAllowed(f"network namespaces are not allowed here: {made.stderr.strip()}")
         (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{a} host{a[-1]}\n" for a in ADDRESSES))
         host = f'hostname "$0" && mount --bind {folder}/hosts /etc/hosts && exec "$@"'
+        own = ["unshare", "--uts", "--mount", "sh", "-c", host]
         yield [
-            ["ip", "netns", "exec", space, "unshare", "--uts", "--mount", "sh", "-c", host, f"host{address[-1]}"]
+            ["nsenter", f"--net=/run/netns/{space}", *own, f"host{address[-1]}"]
             for space, address in zip(spaces, ADDRESSES, strict=True)
         ]
     finally:

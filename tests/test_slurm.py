@@ -1,4 +1,4 @@
-"""Jobs of a real Slurm of one node, this machine: set up from Debian's packages by one_node_slurm.sh."""
+"""Jobs of a real Slurm, of this machine as one node or as two: set up from Debian's packages by slurm.sh."""
 
 import csv
 import os
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from test_distributed import close
 
+from benchmarks import hosts
 from jaxcompute import log
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +86,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             pytest.fail("CI must have Slurm: apt-get install slurm-wlm munge")
         pytest.skip("no slurm-wlm and munge")
     folder = tmp_path_factory.mktemp("slurm")
-    script = [str(ROOT / "tests/one_node_slurm.sh")]
+    script = [str(ROOT / "tests/slurm.sh")]
     subprocess.run([*script, "start", str(folder)], check=True, timeout=60)
     yield os.environ | {
         "SLURM_CONF": str(folder / "slurm.conf"),
@@ -94,6 +95,23 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     subprocess.run([*script, "stop", str(folder)], check=True, timeout=60)
+
+
+@pytest.fixture
+def two_nodes(slurm, tmp_path) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """Two hosts, each a network namespace: the command that runs a command on the first, and its environment."""
+    folder = tmp_path / "slurm"
+    script = str(ROOT / "tests/slurm.sh")
+    try:
+        with hosts.hosts(tmp_path) as (first, second):
+            try:
+                for command in ([*first, script, "start", folder, "4", "host2"], [*second, script, "join", folder]):
+                    subprocess.run(command, check=True, timeout=60)
+                yield first, slurm | {"SLURM_CONF": str(folder / "slurm.conf")}
+            finally:
+                subprocess.run([*first, script, "stop", folder], check=True, timeout=60)
+    except hosts.NotAllowed as why:
+        pytest.skip(str(why))
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +186,22 @@ def test_a_job_that_slurm_stops_goes_on_in_the_queue_to_the_bits_of_an_unbroken_
     one, other = log.read_status(unbroken), log.read_status(tmp_path / "job")
     assert one["digest"] == other["digest"] and one["state"] == other["state"] == "done"
     close(unbroken, tmp_path / "job")
+
+
+def test_a_job_of_two_nodes_is_one_run_of_two_processes_and_goes_on_in_the_queue(two_nodes, launcher, tmp_path):
+    first, env = two_nodes
+    one, workdir = tmp_path / "one", tmp_path / "job"
+    long = [*SMALL, "--config.steps=5000", "--config.save_every=500", "--config.precision=float64"]
+    assert launcher(*long, f"--workdir={one}", cwd=ROOT).code == 0
+    follower = start(env, *first, *LAUNCH, *long, "--launcher=slurm", "--nodes=2", f"--workdir={workdir}")
+    wait_for(workdir, "checkpoints/[0-9]*", follower)
+    subprocess.run([*first, "scancel", "--signal=TERM", job(workdir)], check=True, env=env)
+    out, err = follower.communicate(timeout=300)
+    assert follower.returncode == 0, (out, err)
+    assert "2 x cpu" in out and "stopped by SIGTERM at step" in out and "resuming at step" in out, out
+    assert log.read_status(workdir)["state"] == "done"
+    apart = hosts.differences(one, workdir)
+    assert "train/loss" in apart and max(apart.values()) < 1e-9, apart
 
 
 def test_a_job_is_left_alone_followed_again_and_ended_for_good(slurm, tmp_path):

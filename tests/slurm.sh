@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # A Slurm of one node, this machine, with everything it has in one folder: beside a real one it disturbs nothing.
 #
-#   tests/one_node_slurm.sh start DIR [CPUS]    then: export SLURM_CONF=DIR/slurm.conf; sinfo
-#   tests/one_node_slurm.sh stop DIR
+#   tests/slurm.sh start DIR [CPUS [NODE...]]   then: export SLURM_CONF=DIR/slurm.conf; sinfo
+#   tests/slurm.sh join DIR                     on each further host NODE, which the others know by that name
+#   tests/slurm.sh stop DIR
 #
 # Needs Debian's slurm-wlm and munge, and no root. It keeps no accounts, so sacct finds nothing.
 set -euo pipefail
@@ -14,23 +15,43 @@ port() { python3 -c 'import socket; print(socket.create_server(("127.0.0.1", 0))
 
 stop() {
   timeout 5 scancel --user="$(id -un)" 2>/dev/null || true
-  for name in slurmd slurmctld munged; do
-    [ -s "$dir/$name.pid" ] && kill "$(cat "$dir/$name.pid")" 2>/dev/null || true
+  for file in "$dir"/{slurmd.*,slurmctld,munged}.pid; do
+    [ -s "$file" ] && kill "$(cat "$file")" 2>/dev/null || true
   done
 }
+
+join() { # this host's node
+  slurmd -N "$node"
+  for _ in $(seq 100); do
+    [ "$(sinfo -h -n "$node" -p debug -o %T 2>/dev/null)" = idle ] && exit
+    sleep 0.1
+  done
+  echo "node $node did not come up; see $dir/*.log" >&2
+  stop
+  exit 1
+}
+
+node=$(hostname -s)
 
 if [ "$what" = stop ]; then
   stop
   exit
 fi
 
-mkdir -p "$dir/ctld" "$dir/d"
+if [ "$what" = join ]; then
+  join
+fi
+
+mkdir -p "$dir/ctld"
 chmod 0755 "$dir"
-node=$(hostname -s) me=$(id -un)
+me=$(id -un) nodes="NodeName=$node NodeAddr=127.0.0.1" address=127.0.0.1
+if [ $# -gt 3 ]; then
+  nodes="NodeName=$node,$(IFS=, && echo "${*:4}")" address=$node
+fi
 (umask 077 && head -c 128 /dev/urandom >"$dir/munge.key")
 cat >"$dir/slurm.conf" <<CONF
 ClusterName=test
-SlurmctldHost=$node(127.0.0.1)
+SlurmctldHost=$node($address)
 SlurmUser=$me
 SlurmdUser=$me
 AuthType=auth/munge
@@ -39,11 +60,11 @@ AuthInfo=socket=$dir/munge.socket,cred_expire=5 # a job that is requeued waits u
 SlurmctldPort=$(port)
 SlurmdPort=$(port)
 StateSaveLocation=$dir/ctld
-SlurmdSpoolDir=$dir/d
+SlurmdSpoolDir=$dir/%n
 SlurmctldPidFile=$dir/slurmctld.pid
-SlurmdPidFile=$dir/slurmd.pid
+SlurmdPidFile=$dir/slurmd.%n.pid
 SlurmctldLogFile=$dir/slurmctld.log
-SlurmdLogFile=$dir/slurmd.log
+SlurmdLogFile=$dir/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -56,21 +77,14 @@ MpiDefault=none
 SwitchType=switch/none
 ReturnToService=2
 SlurmdParameters=config_overrides
-NodeName=$node NodeAddr=127.0.0.1 CPUs=$cpus RealMemory=1000 State=UNKNOWN
+$nodes CPUs=$cpus RealMemory=1000 State=UNKNOWN
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-PartitionName=debug Nodes=$node Default=YES MaxTime=INFINITE State=UP
-PartitionName=warned Nodes=$node GraceTime=60 MaxTime=INFINITE State=UP
-PartitionName=urgent Nodes=$node PriorityTier=9 PreemptMode=OFF MaxTime=INFINITE State=UP
+PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=warned Nodes=ALL GraceTime=60 MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes=ALL PriorityTier=9 PreemptMode=OFF MaxTime=INFINITE State=UP
 CONF
 munged --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" --pid-file="$dir/munged.pid" \
   --log-file="$dir/munged.log" --seed-file="$dir/munged.seed" --num-threads=1
 slurmctld
-slurmd
-for _ in $(seq 100); do
-  [ "$(sinfo -h -o %T 2>/dev/null)" = idle ] && exit
-  sleep 0.1
-done
-echo "the node did not come up; see $dir/*.log" >&2
-stop
-exit 1
+join
