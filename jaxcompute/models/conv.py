@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+Strides = tuple[int, int]
 Padding = tuple[tuple[int, int], tuple[int, int]]  # above and below, left and right
 TILE = 2**20  # bytes of gradient at a time: with the rows that meet it, what a core's cache holds
 
@@ -15,40 +16,45 @@ TILE = 2**20  # bytes of gradient at a time: with the rows that meet it, what a 
 def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, **more: Any) -> jax.Array:
     """`jax.lax.conv_general_dilated`: x [B, H, W, C] and kernel [h, w, C, D] to [B, H', W', D].
 
-    On a CPU, at stride 1, two kinds are computed otherwise than by XLA's convolution; all else is XLA's own. Times are
-    of one core of an Intel Xeon (jax 0.10.2, float32) as parts of XLA's.
+    On a CPU three things are computed otherwise than by XLA; all else is XLA's own. Times are of one core of an Intel
+    Xeon (jax 0.10.2, float32) as parts of XLA's.
+
+    A window to 5x5 at stride 1, of fewer than 16 channels to 64 features at most (in bfloat16 to 16), of 16 examples or
+    more: `by_band`. Forward, the kernel's gradient, and of C3 the input's: LeNet-5's C1 0.16, 0.73, C3 0.93, 1.14,
+    0.27; 3x3 of 1 channel to 64 0.69, 0.33, of 3 to 16 0.38, 0.81, of 3 to 64 1.98, 0.55; in bfloat16 C1 0.17, 0.76, C3
+    1.16, 1.49, 0.66, of 3 to 16 0.59, 1.48.
 
     16 to 256 channels on both sides, and one device: the kernel's gradient `by_rows`. 3x3 of 16 channels 0.49, of 32
-    0.55, of 64 0.46 to 0.80, of 128 0.53, of 256 0.93 (ResNet-20's and ResNet-18's sizes); in bfloat16 0.55 to 0.84, of
-    256 1.08.
+    0.55, of 64 0.46 to 0.80, of 128 0.53, of 256 0.93 (ResNet-20's and ResNet-18's sizes); at stride 2 of 16 0.50, of
+    32 0.87, of 64 0.58, of 128 1.04, 1x1 0.24; in bfloat16 0.55 to 0.84, of 256 1.08.
 
-    A window to 5x5, of fewer than 16 channels to 64 features at most (in bfloat16 to 16), of 16 examples or more:
-    `by_band`. Forward, the kernel's gradient, and of C3 the input's: LeNet-5's C1 0.16, 0.73, C3 0.93, 1.14, 0.27; 3x3
-    of 1 channel to 64 0.69, 0.33, of 3 to 16 0.38, 0.81, of 3 to 64 1.98, 0.55; in bfloat16 C1 0.17, 0.76, C3 1.16,
-    1.49, 0.66, of 3 to 16 0.59, 1.48.
+    All else, and one device: gradients whose convolutions are XLA's, bit for bit, and are written in the one form that
+    it has a fast program for. Its own rewriting leaves out what is inside a loop or a branch, where a ResNet-20's step
+    took 30 times as long.
 
     As any `custom_vjp` these take no forward-mode derivative.
     """
     window, channels = kernel.shape[:-2], kernel.shape[-2:]
     dilated = {more.get("lhs_dilation"), more.get("rhs_dilation")} - {None, (1,) * len(window)}
-    if len(window) != 2 or set(strides) != {1} or dilated or more.get("feature_group_count", 1) != 1:
+    if len(window) != 2 or dilated or more.get("feature_group_count", 1) != 1:
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **more)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
+    steps: Any = tuple(strides)
     pads: Any = tuple(map(tuple, padding))
     few = channels[0] < 16 and channels[1] <= (16 if x.dtype == jnp.bfloat16 else 64)
-    if few and len(x) >= 16 and min(window) > 1 and math.prod(window) <= 25:
+    if few and steps == (1, 1) and len(x) >= 16 and min(window) > 1 and math.prod(window) <= 25:
         return _band(pads, x, kernel)
-    if 16 <= min(channels) <= max(channels) <= 256 and one_cpu():
-        return _rows(pads, x, kernel)
-    return _plain(pads, x, kernel)
+    if one_cpu():
+        return _canonical(steps, pads, x, kernel)
+    return _plain(steps, pads, x, kernel)
 
 
-def _plain(padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+def _plain(strides: Strides, padding: Padding, x: jax.Array, kernel: jax.Array, **more: Any) -> jax.Array:
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **more)
 
 
-# -- by rows -----------------------------------------------------------------------------------------------------------
+# -- canonical gradients -----------------------------------------------------------------------------------------------
 
 
 def one_cpu() -> bool:
@@ -56,47 +62,85 @@ def one_cpu() -> bool:
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rows(padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _plain(padding, x, kernel)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _canonical(strides: Strides, padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _plain(strides, padding, x, kernel)
 
 
-def _rows_forward(padding, x, kernel):
-    return _plain(padding, x, kernel), (x, kernel)
+def _canonical_forward(strides, padding, x, kernel):
+    return _plain(strides, padding, x, kernel), (x, kernel)
 
 
-def _rows_backward(padding, saved, dy):
+def _canonical_backward(strides, padding, saved, dy):
     x, kernel = saved
-    (dx,) = jax.linear_transpose(lambda x: _plain(padding, x, kernel), x)(dy)
-    return dx, by_rows(padding, kernel.shape[:2], x, dy).astype(kernel.dtype)
+    dkernel = by_rows if 16 <= min(kernel.shape[2:]) <= max(kernel.shape[2:]) <= 256 else kernel_gradient
+    return (
+        input_gradient(strides, padding, x.shape, kernel, dy),
+        dkernel(strides, padding, kernel.shape, x, dy).astype(kernel.dtype),
+    )
 
 
-_rows.defvjp(_rows_forward, _rows_backward)
+_canonical.defvjp(_canonical_forward, _canonical_backward)
 
 
-def by_rows(padding: Padding, window: tuple[int, int], x: jax.Array, dy: jax.Array) -> jax.Array:
-    """The kernel's gradient [h, w, C, D], of x [B, H, W, C] and dy [B, H', W', D], some examples at a time.
+def input_gradient(
+    strides: Strides, padding: Padding, shape: Sequence[int], kernel: jax.Array, dy: jax.Array
+) -> jax.Array:
+    """Of x, of that shape: a convolution of dy, spread by the strides, with the kernel turned about."""
+    window = kernel.shape[:2]
+    pads = []
+    for i in range(2):
+        below, spread = window[i] - 1 - padding[i][0], (dy.shape[i + 1] - 1) * strides[i] + 1
+        pads.append((below, shape[i + 1] + window[i] - 1 - spread - below))
+    turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    return _plain((1, 1), tuple(pads), dy, turned, lhs_dilation=strides)
 
-    dkernel[i, j] = sum over b, y, u of x[b, y + i, u] dy[b, y, u - j], x and dy padded: a matrix product for each row i
-    of the kernel, of the rows of x as they lie by copies of dy, each shifted by its column j.
+
+def kernel_gradient(strides: Strides, padding: Padding, shape: Sequence[int], x: jax.Array, dy: jax.Array) -> jax.Array:
+    """Of a kernel of that shape: a convolution of x with dy, the batch in the channels' place."""
+    pads = []
+    for i in range(2):
+        spread = (dy.shape[i + 1] - 1) * strides[i] + 1
+        pads.append((padding[i][0], shape[i] - 1 + spread - x.shape[i + 1] - padding[i][0]))
+    x, dy = x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3)
+    return _plain((1, 1), tuple(pads), x, dy, rhs_dilation=strides).transpose(1, 2, 0, 3)
+
+
+def by_rows(strides: Strides, padding: Padding, shape: Sequence[int], x: jax.Array, dy: jax.Array) -> jax.Array:
+    """As `kernel_gradient`: a matrix product for each row of the kernel, of some examples at a time.
+
+    dkernel[i, j] = sum over b, y, u of x[b, s y + i, s u + j] dy[b, y, u], x padded. At stride 1 a product is of rows
+    of x as they lie by copies of dy, each shifted by its column j; else of copies of x, what each column met, by dy.
     """
-    (height, width), ((above, below), (left, right)) = window, padding
-    (batch, rows, _, features), (columns, channels) = dy.shape, x.shape[2:]
-    size = dy[0].size * width * dy.dtype.itemsize
+    (height, width, channels, features), ((above, below), (left, right)) = shape, padding
+    batch, rows, columns, _ = dy.shape
+    shifted = strides == (1, 1)
+    size = rows * columns * width * (features if shifted else channels) * dy.dtype.itemsize
     some = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * size <= TILE))
 
-    def add(i: Any, total: jax.Array) -> jax.Array:
-        part_x, part_dy = (jax.lax.dynamic_slice_in_dim(a, i * some, some).astype(total.dtype) for a in (x, dy))
-        part_x = jnp.pad(part_x, ((0, 0), (above, below), (0, 0), (0, 0)))
-        part_dy = jnp.pad(part_dy, ((0, 0), (0, 0), (width - 1 - left, width - 1 - right), (0, 0)))
-        shifted = jnp.concatenate([part_dy[:, :, j : j + columns] for j in reversed(range(width))], -1)
-        shifted = shifted.reshape(-1, width * features)
-        met = (part_x[:, row : row + rows].reshape(-1, channels) for row in range(height))
-        return total + jnp.stack([jax.lax.dot_general(x, shifted, (((0,), (0,)), ((), ()))) for x in met])
+    def factors(x: jax.Array, dy: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        """Of some examples: what each row of the kernel met, and what all of them are multiplied by."""
+        if shifted:
+            x = jnp.pad(x, ((0, 0), (above, below), (0, 0), (0, 0)))
+            dy = jnp.pad(dy, ((0, 0), (0, 0), (width - 1 - left, width - 1 - right), (0, 0)))
+            copies = [dy[:, :, j : j + x.shape[2]] for j in reversed(range(width))]
+            return [x[:, i : i + rows] for i in range(height)], jnp.concatenate(copies, -1)
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+        lines = [x[:, i :: strides[0]][:, :rows] for i in range(height)]
+        copies = [[line[:, :, j :: strides[1]][:, :, :columns] for j in range(width)] for line in lines]
+        return [jnp.concatenate(copy, -1) for copy in copies], dy
 
-    total = jnp.zeros((height, channels, width * features), jnp.promote_types(x.dtype, jnp.float32))
+    def add(i: Any, total: jax.Array) -> jax.Array:
+        parts = (jax.lax.dynamic_slice_in_dim(a, i * some, some).astype(total.dtype) for a in (x, dy))
+        met, by = factors(*parts)
+        by = by.reshape(-1, by.shape[-1])
+        products = [jax.lax.dot_general(a.reshape(len(by), -1), by, (((0,), (0,)), ((), ()))) for a in met]
+        return total + jnp.stack(products)
+
+    of_a_row = (channels, width * features) if shifted else (width * channels, features)
+    total = jnp.zeros((height, *of_a_row), jnp.promote_types(x.dtype, jnp.float32))
     total = jax.lax.fori_loop(0, batch // some, add, total)
-    return total.reshape(height, channels, width, features).swapaxes(1, 2)
+    return total.reshape(height, channels, width, features).swapaxes(1, 2) if shifted else total.reshape(shape)
 
 
 # -- by a band matrix --------------------------------------------------------------------------------------------------
@@ -104,7 +148,9 @@ def by_rows(padding: Padding, window: tuple[int, int], x: jax.Array, dy: jax.Arr
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _band(padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jax.lax.platform_dependent(x, kernel, cpu=partial(by_band, padding), default=partial(_plain, padding))
+    return jax.lax.platform_dependent(
+        x, kernel, cpu=partial(by_band, padding), default=partial(_plain, (1, 1), padding)
+    )
 
 
 def _band_forward(padding, x, kernel):
@@ -114,9 +160,10 @@ def _band_forward(padding, x, kernel):
 def _band_backward(padding, saved, dy):
     def gradient(by):
         def pulled(function):
-            return lambda x, kernel, dy: jax.vjp(partial(function, padding), x, kernel)[1](dy)[by]
+            return lambda x, kernel, dy: jax.vjp(function, x, kernel)[1](dy)[by]
 
-        return jax.lax.platform_dependent(*saved, dy, cpu=pulled(by_band), default=pulled(_plain))
+        cpu, default = partial(by_band, padding), partial(_plain, (1, 1), padding)
+        return jax.lax.platform_dependent(*saved, dy, cpu=pulled(cpu), default=pulled(default))
 
     return gradient(0), gradient(1)  # one by one, as no one asks for that of the network's input
 
