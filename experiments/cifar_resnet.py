@@ -12,12 +12,14 @@ from functools import partial
 from typing import Annotated, Literal
 
 import jax
+import optax
 
-from jaxcompute import losses, optim
+from jaxcompute import losses, optim, step
 from jaxcompute.config import Range
-from jaxcompute.core import Batch, Experiment, Run
+from jaxcompute.core import Batch, Experiment, Run, State
 from jaxcompute.data import augment, memory, sources
 from jaxcompute.errors import BadInput
+from jaxcompute.metrics import Metrics
 from jaxcompute.models import resnet
 
 MODELS = {
@@ -39,40 +41,67 @@ class Config(Run):
     warmup_epochs: Annotated[float, "passes until the peak", Range(ge=0)] = 0.5
     momentum: Annotated[float, "of SGD, Nesterov's form", Range(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, "L2, on kernels alone", Range(ge=0)] = 5e-4
+    muon: Annotated[
+        float, "learning rate of convolutions by Muon, falls to 0 in a line; 0: SGD for all", Range(ge=0)
+    ] = 0.0
     label_smoothing: Annotated[float, "probability spread over all classes", Range(ge=0, lt=1)] = 0.0
     padding: Annotated[int, "pixels of black a random crop may reach into; 4 for long runs", Range(ge=0, le=32)] = 2
+    small_size: Annotated[int, "side in pixels of the first epochs' images, which cost less", Range(ge=8, le=32)] = 24
+    small_epochs: Annotated[float, "how many these are", Range(ge=0)] = 0.0
 
     def __post_init__(self) -> None:
-        if self.warmup_epochs > self.epochs:
-            raise BadInput(
-                f"--config.warmup_epochs={self.warmup_epochs}: is longer than --config.epochs={self.epochs}; give less"
-            )
+        for name in ("warmup_epochs", "small_epochs"):
+            if (length := getattr(self, name)) > self.epochs:
+                raise BadInput(f"--config.{name}={length}: is longer than --config.epochs={self.epochs}; give less")
 
 
 def experiment(config: Config) -> Experiment:
     data = sources.load("cifar10")
     steps = optim.total_steps(config, len(data.train["label"]))
-    warmup = round(config.warmup_epochs * len(data.train["label"]) / config.batch_size)
+    warmup, small = (
+        round(epochs * len(data.train["label"]) / config.batch_size)
+        for epochs in (config.warmup_epochs, config.small_epochs)
+    )
     schedule = optim.warmup_cosine(config.learning_rate, steps, warmup)
     return Experiment(
         config=config,
         model=MODELS[config.depth](classes=len(data.classes)),
         loss=losses.cross_entropy(config.label_smoothing),
-        optimizer=optim.sgd(schedule, config.momentum, weight_decay=config.weight_decay),
+        optimizer=optimizer(config, steps, schedule),
         schedule=schedule,
         train=memory.shuffled(data.train, config.batch_size, config.seed),
         eval=memory.in_order(data.test, 500),
         steps=steps,
         prepare=partial(prepare, config),
         classes=data.classes,
+        train_step=partial(train_step, config, small) if small else None,
     )
 
 
-def prepare(config: Config, batch: Batch, key: jax.Array, train: bool) -> Batch:
-    """Normalise by the training set's mean and deviation; crop and flip in training."""
+def optimizer(config: Config, steps: int, schedule: optax.Schedule) -> optax.GradientTransformation:
+    sgd = optim.sgd(schedule, config.momentum, weight_decay=config.weight_decay)
+    if not config.muon:
+        return sgd
+    muon = optim.muon(optax.linear_schedule(config.muon, 0, steps), momentum=0.8, steps=3)
+    return optax.partition(
+        {"convolutions": muon, "others": sgd},
+        lambda params: jax.tree.map(lambda leaf: "convolutions" if leaf.ndim == 4 else "others", params),
+    )
+
+
+def train_step(config: Config, small: int, exp: Experiment, state: State, batch: Batch) -> tuple[State, Metrics]:
+    """The usual one, of small images in the first steps: the network does not ask how large they are."""
+    shrunk = dataclasses.replace(exp, prepare=partial(prepare, config, size=config.small_size))
+    steps = [partial(step.train_step, which) for which in (shrunk, exp)]
+    return jax.lax.cond(state.step < small, *steps, state, batch)
+
+
+def prepare(config: Config, batch: Batch, key: jax.Array, train: bool, size: int = 32) -> Batch:
+    """Normalise by the training set's mean and deviation; in training crop, flip and shrink to the size."""
     image = augment.normalize(batch["image"], (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
     if train:
         image = augment.per_example(key, image, lambda k, x: augment_one(config, k, x))
+        image = jax.image.resize(image, (len(image), size, size, 3), "linear")
     return batch | {"image": image}
 
 

@@ -21,11 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 
 from jaxcompute import losses, optim, step
 from jaxcompute.config import Range
-from jaxcompute.core import Batch, Experiment, PyTree, Run, State
+from jaxcompute.core import Batch, Experiment, Run, State
 from jaxcompute.data import augment, memory, sources
 from jaxcompute.metrics import Metrics
 from jaxcompute.models.conv import conv
@@ -33,7 +32,6 @@ from jaxcompute.models.norm import BatchNorm
 from jaxcompute.models.pooling import max_pool
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-KERNEL_AS_MATRIX = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)  # [3, 3, C, D] as [9 C, D]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,12 +140,9 @@ def optimizer(
         momentum = optax.sgd(optax.linear_schedule(peak, 0, steps), 0.85, nesterov=True)
         return optax.chain(optax.add_decayed_weights(config.weight_decay / peak), momentum)
 
-    muon = optax.contrib.scale_by_muon(
-        ns_steps=3, beta=0.6, weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: KERNEL_AS_MATRIX, tree)
-    )
     return optax.partition(
         {
-            "kernels": optax.chain(muon, optax.scale_by_learning_rate(kernels), optax.stateless(on_sphere)),
+            "kernels": optim.muon(kernels, momentum=0.6, steps=3),
             "biases": sgd(config.bias_learning_rate, steps),
             "whitening": sgd(config.bias_learning_rate, whitening_steps),
             "head": sgd(config.head_learning_rate, steps),
@@ -162,11 +157,6 @@ def group(path: tuple[Any, ...], leaf: jax.Array) -> str:
     if leaf.ndim > 1:
         return "kernels" if leaf.ndim == 4 else "head"
     return {"scale": "fixed", "bias": "biases", "whitening_bias": "whitening"}[path[-1].key]
-
-
-def on_sphere(updates: PyTree, params: PyTree) -> PyTree:
-    """Updates that also bring each kernel [h, w, C, D] to norm sqrt(D): before a batch norm its length says nothing."""
-    return jax.tree.map(lambda u, p: u + p * (p.shape[-1] ** 0.5 / jnp.linalg.norm(p) - 1), updates, params)
 
 
 # -- what is seen of an image ------------------------------------------------------------------------------------------

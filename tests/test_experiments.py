@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,6 +15,8 @@ from PIL import Image
 from jaxcompute import config, step, train
 from jaxcompute.core import Run
 from jaxcompute.data import memory
+from jaxcompute.errors import BadInput
+from jaxcompute.models import resnet
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
@@ -82,6 +85,26 @@ def test_every_depth_of_the_cifar_family_has_its_size(data_dir):
     # He et al. 2015, table 6: 0.27, 0.46, 0.66, 0.85, 1.7 million; 11.17 for the wide form
     millions = {depth: round(count / 1e6, 2) for depth, count in counts.items()}
     assert millions == {"20": 0.27, "32": 0.46, "44": 0.66, "56": 0.85, "110": 1.73, "18": 11.17}
+
+
+def test_cifar_resnet_begins_with_small_images_and_muon_takes_its_convolutions(data_dir):
+    del data_dir
+    fields = {"batch_size": 4, "precision": "float32", "muon": 0.1, "steps": 8, "epochs": 1.0}
+    exp = build("cifar_resnet", small_size=8, small_epochs=3 * 4 / 50_000, **fields)
+    exp = dataclasses.replace(exp, model=resnet.ResNet((1, 1), width=4))
+    batch = exp.train.batch(exp.train.feed(0), jnp.int32(0))
+    state = step.init(exp, batch)
+    ours, usual = (jax.jit(partial(take, exp)) for take in (exp.train_step, step.train_step))
+    for at, small in ((0, True), (2, True), (3, False), (7, False)):
+        now = dataclasses.replace(state, step=jnp.int32(at))
+        new, metrics = ours(now, batch)
+        _, expected = usual(now, batch)
+        assert (float(metrics["loss"].compute()) != float(expected["loss"].compute())) == small
+    for path, leaf in jax.tree_util.tree_leaves_with_path(new.params):
+        if "Conv" in str(path):  # on Muon's sphere, at a rate of 0.1 and less
+            assert np.linalg.norm(leaf) == pytest.approx(leaf.shape[-1] ** 0.5, rel=0.15)
+    with pytest.raises(BadInput, match=r"small_epochs=2.0: is longer than --config.epochs=1.0"):
+        build("cifar_resnet", epochs=1.0, small_epochs=2.0)
 
 
 def test_sigmoid_mlp_gradients_by_the_chain_rule():

@@ -93,3 +93,17 @@ def test_parameters_and_state_keep_their_dtype(dtype):
         types = jax.tree.map(lambda leaf: leaf.dtype, (state, params))
         assert types == jax.tree.map(lambda leaf: leaf.dtype, (after, params))
         assert set(jax.tree.leaves(types)) == {jnp.dtype(dtype), jnp.dtype("int32")}
+
+
+def test_muon_turns_kernels_by_the_learning_rate_and_brings_them_to_their_sphere():
+    rng = np.random.default_rng(0)
+    kernel, gradient = (jnp.asarray(rng.normal(size=(3, 3, 4, 8)), jnp.float32) for _ in range(2))
+    muon = optim.muon(0.1, momentum=0.8)
+    updates, _ = muon.update({"kernel": gradient}, muon.init({"kernel": kernel}), {"kernel": kernel})
+    on_sphere = np.asarray(kernel) * 8**0.5 / np.linalg.norm(kernel)
+    turn = (np.asarray(kernel + updates["kernel"]) - on_sphere).reshape(36, 8)
+    left, values, right = np.linalg.svd(np.asarray(gradient).reshape(36, 8), full_matrices=False)
+    assert values.max() / values.min() > 1.5
+    values = np.diag(left.T @ turn @ right.T)  # along the gradient's own directions, alike in all of them
+    np.testing.assert_allclose(values, -0.1, rtol=0.35)
+    np.testing.assert_allclose(turn, left @ np.diag(values) @ right, atol=1e-5)
