@@ -75,7 +75,7 @@ def hosts(folder: Path) -> Iterator[list[list[str]]]:
     Raises:
         NotAllowed: it needs root, iproute2, util-linux and a kernel that lets it.
     """
-    if os.geteuid() or not shutil.which("ip") or not shutil.which("unshare"):
+    if os.geteuid() or not shutil.which("ip") or not shutil.which("nsenter"):
         raise NotAllowed("network namespaces need root, iproute2 and util-linux")
     spaces = [f"jaxcompute-{os.getpid()}-{i}" for i in (0, 1)]
     wires = [f"jc{os.getpid()}-{i}" for i in (0, 1)]
@@ -91,6 +91,7 @@ def hosts(folder: Path) -> Iterator[list[list[str]]]:
                 raise NotAllowed(f"network namespaces are not allowed here: {made.stderr.strip()}")
         (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{a} host{a[-1]}\n" for a in ADDRESSES))
         host = f'hostname "$0" && mount --bind {folder}/hosts /etc/hosts && exec "$@"'
+        # nsenter, as `ip netns exec` would hide the cgroups that Slurm looks for
         own = ["unshare", "--uts", "--mount", "sh", "-c", host]
         yield [
             ["nsenter", f"--net=/run/netns/{space}", *own, f"host{address[-1]}"]

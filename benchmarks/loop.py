@@ -54,7 +54,10 @@ def main() -> None:
     from benchmarks.side_by_side import facts
     from jaxcompute import log
 
-    found = [measure(name, options) for name in options.experiments.split(",")]
+    found = []
+    for name in options.experiments.split(","):
+        found.append(measure(name, options))
+        print(f"{name}: {found[-1].share:.1%} of the bare call", file=sys.stderr, flush=True)
     rows = [
         (
             *(x.experiment, x.batch_size, f"{x.bare_ms:.3g}", f"{x.loop_ms:.3g}", f"{x.share:.1%}"),

@@ -8,6 +8,7 @@ forms, it had reached 83.5 % in 8 epochs: this one starts at one, as in the pape
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Annotated, Literal
 
@@ -42,26 +43,30 @@ class Config(Run):
     momentum: Annotated[float, "of SGD, Nesterov's form", Range(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, "L2, on kernels alone", Range(ge=0)] = 5e-4
     muon: Annotated[
-        float, "learning rate of convolutions by Muon, falls to 0 in a line; 0: SGD for all", Range(ge=0)
+        float, "learning rate of convolutions by Muon, without decay; falls to 0 in a line; 0: SGD for all", Range(ge=0)
     ] = 0.0
     label_smoothing: Annotated[float, "probability spread over all classes", Range(ge=0, lt=1)] = 0.0
     padding: Annotated[int, "pixels of black a random crop may reach into; 4 for long runs", Range(ge=0, le=32)] = 2
-    small_size: Annotated[int, "side in pixels of the first epochs' images, which cost less", Range(ge=8, le=32)] = 24
-    small_epochs: Annotated[float, "how many these are", Range(ge=0)] = 0.0
+    small_size: Annotated[int, "side in pixels of images in the first epochs", Range(ge=8, le=32)] = 24
+    small_epochs: Annotated[float, "how many these are; they cost less, and count as whole ones", Range(ge=0)] = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("warmup_epochs", "small_epochs"):
-            if (length := getattr(self, name)) > self.epochs:
-                raise BadInput(f"--config.{name}={length}: is longer than --config.epochs={self.epochs}; give less")
+        if self.warmup_epochs > self.epochs:
+            raise BadInput(
+                f"--config.warmup_epochs={self.warmup_epochs}: is longer than --config.epochs={self.epochs}; give less"
+            )
 
 
 def experiment(config: Config) -> Experiment:
     data = sources.load("cifar10")
     steps = optim.total_steps(config, len(data.train["label"]))
-    warmup, small = (
-        round(epochs * len(data.train["label"]) / config.batch_size)
-        for epochs in (config.warmup_epochs, config.small_epochs)
-    )
+    warmup = round(config.warmup_epochs * len(data.train["label"]) / config.batch_size)
+    small = math.ceil(config.small_epochs * len(data.train["label"]) / config.batch_size)
+    if small and small >= steps:
+        raise BadInput(
+            f"--config.small_epochs={config.small_epochs}: {small:,} steps of the run's {steps:,} leave none for whole "
+            "images; give less"
+        )
     schedule = optim.warmup_cosine(config.learning_rate, steps, warmup)
     return Experiment(
         config=config,

@@ -59,13 +59,13 @@ def sgd(
 def muon(learning_rate: optax.ScalarOrSchedule, momentum: float, steps: int = 5) -> optax.GradientTransformation:
     """For the kernels [h, w, C, D] of convolutions that a batch norm follows, which has no use for their length.
 
-    The update is the orthogonal matrix next to the momentum, each kernel a matrix [h w C, D] (Jordan 2024,
-    kellerjordan.github.io/posts/muon), and brings the kernel to norm sqrt(D). So the learning rate is by how much of
-    itself a kernel turns in a step.
+    Each kernel is brought to norm sqrt(D), and then turned: by the momentum as a matrix [h w C, D], made orthogonal or
+    nearly so, its singular values all about 1 (Jordan 2024, kellerjordan.github.io/posts/muon). So the learning rate is
+    about by how much of itself a kernel turns in a step, less where D is the greater side.
 
     Args:
         momentum: of Nesterov's form.
-        steps: of Newton and Schulz's iteration; 3 are nearly as good as 5.
+        steps: of Newton and Schulz's iteration, which bring the singular values together.
     """
     as_matrix = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
     orthogonal = optax.contrib.scale_by_muon(
@@ -75,4 +75,8 @@ def muon(learning_rate: optax.ScalarOrSchedule, momentum: float, steps: int = 5)
 
 
 def _on_sphere(updates: PyTree, params: PyTree) -> PyTree:
-    return jax.tree.map(lambda u, p: u + p * (p.shape[-1] ** 0.5 / jnp.linalg.norm(p) - 1), updates, params)
+    def onto(update: jax.Array, kernel: jax.Array) -> jax.Array:
+        length = jnp.linalg.norm(kernel)
+        return update + kernel * (kernel.shape[-1] ** 0.5 / jnp.where(length > 0, length, 1) - 1)
+
+    return jax.tree.map(onto, updates, params)

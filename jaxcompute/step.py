@@ -18,8 +18,8 @@ import optax
 from jaxcompute.core import Batch, Experiment, PyTree, State
 from jaxcompute.metrics import Last, Mean, Metrics, add
 
-# Where a loop over micro-batches is unrolled, which saves no memory: a rolled one over convolutions is some 30 times
-# slower there.
+# Where a loop over micro-batches is unrolled, which saves no memory: a rolled one over convolutions other than those of
+# models/conv.py is some 30 times slower there.
 UNROLLED = ("cpu",)
 Sums = tuple[PyTree, PyTree, Metrics]  # of gradients; the newest batch statistics; of metrics
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float64": jnp.float64}

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# A Slurm of one node, this machine, with everything it has in one folder: beside a real one it disturbs nothing.
+# A Slurm of one node, this machine, with everything it has in one folder: beside a real one it disturbs nothing. Or of
+# several that are network namespaces of this machine, and reach each other by their names.
 #
 #   tests/slurm.sh start DIR [CPUS [NODE...]]   then: export SLURM_CONF=DIR/slurm.conf; sinfo
-#   tests/slurm.sh join DIR                     on each further host NODE, which the others know by that name
+#   tests/slurm.sh join DIR                     in each further namespace NODE
 #   tests/slurm.sh stop DIR
 #
 # Needs Debian's slurm-wlm and munge, and no root. It keeps no accounts, so sacct finds nothing.
@@ -23,7 +24,7 @@ stop() {
 join() { # this host's node
   slurmd -N "$node"
   for _ in $(seq 100); do
-    [ "$(sinfo -h -n "$node" -p debug -o %T 2>/dev/null)" = idle ] && exit
+    [ "$(sinfo -h -n "$node" -p debug -o %T 2>/dev/null)" = idle ] && return
     sleep 0.1
   done
   echo "node $node did not come up; see $dir/*.log" >&2
@@ -40,6 +41,7 @@ fi
 
 if [ "$what" = join ]; then
   join
+  exit
 fi
 
 mkdir -p "$dir/ctld"

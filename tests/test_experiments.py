@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments import cifar_resnet
 from jaxcompute import config, step, train
 from jaxcompute.core import Run
 from jaxcompute.data import memory
@@ -95,16 +96,27 @@ def test_cifar_resnet_begins_with_small_images_and_muon_takes_its_convolutions(d
     batch = exp.train.batch(exp.train.feed(0), jnp.int32(0))
     state = step.init(exp, batch)
     ours, usual = (jax.jit(partial(take, exp)) for take in (exp.train_step, step.train_step))
-    for at, small in ((0, True), (2, True), (3, False), (7, False)):
+    small = dataclasses.replace(exp, prepare=partial(cifar_resnet.prepare, exp.config, size=8))
+    assert small.prepare(batch, jax.random.key(0), True)["image"].shape == (4, 8, 8, 3)
+    for at, expected in ((0, small), (2, small), (3, exp), (7, exp)):
         now = dataclasses.replace(state, step=jnp.int32(at))
         new, metrics = ours(now, batch)
-        _, expected = usual(now, batch)
-        assert (float(metrics["loss"].compute()) != float(expected["loss"].compute())) == small
+        _, same = jax.jit(partial(step.train_step, expected))(now, batch)
+        _, other = usual(now, batch)
+        loss, same, other = (float(found["loss"].compute()) for found in (metrics, same, other))
+        assert loss == pytest.approx(same, rel=1e-5)
+        assert (expected is exp) or loss != pytest.approx(other, rel=1e-3)
     for path, leaf in jax.tree_util.tree_leaves_with_path(new.params):
         if "Conv" in str(path):  # on Muon's sphere, at a rate of 0.1 and less
             assert np.linalg.norm(leaf) == pytest.approx(leaf.shape[-1] ** 0.5, rel=0.15)
-    with pytest.raises(BadInput, match=r"small_epochs=2.0: is longer than --config.epochs=1.0"):
-        build("cifar_resnet", epochs=1.0, small_epochs=2.0)
+
+
+@pytest.mark.parametrize("fields", [{"steps": 3906, "small_epochs": 5.0}, {"epochs": 5.0, "small_epochs": 5.0}])
+def test_cifar_resnet_wants_whole_images_in_the_end(fields, data_dir):
+    del data_dir
+    with pytest.raises(BadInput, match=r"--config.small_epochs=5.0: .* leave none for whole images; give less"):
+        cifar_resnet.experiment(cifar_resnet.Config(**fields))
+    assert cifar_resnet.experiment(cifar_resnet.Config(steps=20_000, small_epochs=20.0))
 
 
 def test_sigmoid_mlp_gradients_by_the_chain_rule():

@@ -98,12 +98,12 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture
-def two_nodes(slurm, tmp_path) -> Iterator[tuple[list[str], dict[str, str]]]:
+def two_nodes(slurm, tmp_path_factory) -> Iterator[tuple[list[str], dict[str, str]]]:
     """Two hosts, each a network namespace: the command that runs a command on the first, and its environment."""
-    folder = tmp_path / "slurm"
+    folder = tmp_path_factory.mktemp("two")  # its sockets' names must not be long
     script = str(ROOT / "tests/slurm.sh")
     try:
-        with hosts.hosts(tmp_path) as (first, second):
+        with hosts.hosts(folder) as (first, second):
             try:
                 for command in ([*first, script, "start", folder, "4", "host2"], [*second, script, "join", folder]):
                     subprocess.run(command, check=True, timeout=60)

@@ -540,7 +540,7 @@ def test_a_run_outlives_a_field_that_the_code_has_gained_or_lost_where_that_is_m
 
 @pytest.mark.parametrize("steps_per_call", [0, 2])
 def test_no_convolution_is_in_a_loop_on_the_cpu_unless_asked_for(steps_per_call):
-    """In a rolled loop over steps XLA:CPU takes a convolution's gradient some 30 times as long."""
+    """In a rolled loop over steps XLA:CPU takes a convolution's gradient some 30 times as long, unless it is ours."""
     exp = tiny.resnet(steps_per_call=steps_per_call, mesh_data=1)
     mesh = sharding.make_mesh(exp.config)
     program = train.compile(train.resolve(exp, mesh), mesh)

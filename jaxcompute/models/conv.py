@@ -7,59 +7,72 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Strides = tuple[int, int]
 Padding = tuple[tuple[int, int], tuple[int, int]]  # above and below, left and right
-TILE = 2**20  # bytes of gradient at a time: with the rows that meet it, what a core's cache holds
+CHANNELS_LAST = ("NHWC", "HWIO", "NHWC")
+TILE = 2**20  # bytes of copies at a time: with what they are multiplied by, what a core's cache holds
 
 
 def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, **more: Any) -> jax.Array:
     """`jax.lax.conv_general_dilated`: x [B, H, W, C] and kernel [h, w, C, D] to [B, H', W', D].
 
-    On a CPU three things are computed otherwise than by XLA; all else is XLA's own. Times are of one core of an Intel
-    Xeon (jax 0.10.2, float32) as parts of XLA's.
+    On a CPU three things are computed otherwise than by XLA. Times are of one core of an Intel Xeon (jax 0.10.2,
+    float32) as parts of XLA's.
 
     A window to 5x5 at stride 1, of fewer than 16 channels to 64 features at most (in bfloat16 to 16), of 16 examples or
     more: `by_band`. Forward, the kernel's gradient, and of C3 the input's: LeNet-5's C1 0.16, 0.73, C3 0.93, 1.14,
     0.27; 3x3 of 1 channel to 64 0.69, 0.33, of 3 to 16 0.38, 0.81, of 3 to 64 1.98, 0.55; in bfloat16 C1 0.17, 0.76, C3
     1.16, 1.49, 0.66, of 3 to 16 0.59, 1.48.
 
-    16 to 256 channels on both sides, and one device: the kernel's gradient `by_rows`. 3x3 of 16 channels 0.49, of 32
-    0.55, of 64 0.46 to 0.80, of 128 0.53, of 256 0.93 (ResNet-20's and ResNet-18's sizes); at stride 2 of 16 0.50, of
-    32 0.87, of 64 0.58, of 128 1.04, 1x1 0.24; in bfloat16 0.55 to 0.84, of 256 1.08.
+    Of the others those of 16 to 256 channels on both sides, on one device: the kernel's gradient `by_rows`. 3x3 of 16
+    channels 0.49, of 32 0.55, of 64 0.46 to 0.80, of 128 0.53, of 256 0.93 (ResNet-20's and ResNet-18's sizes); in
+    bfloat16 0.55 to 0.84, of 256 1.08; at stride 2 of 16 0.50, of 32 0.87, of 64 0.58, of 128 1.04, and 1x1 0.24.
 
-    All else, and one device: gradients whose convolutions are XLA's, bit for bit, and are written in the one form that
-    it has a fast program for. Its own rewriting leaves out what is inside a loop or a branch, where a ResNet-20's step
-    took 30 times as long.
+    The other gradients are XLA's, bit for bit, but written in the one form that it has a fast program for: its own
+    rewriting into that form leaves out what is inside a loop or a branch, where ResNet-20's step took 30 times as long.
 
-    As any `custom_vjp` these take no forward-mode derivative.
+    What is not of two dimensions, channels last, or is dilated, grouped, of a set precision, or padded by less than
+    nothing or by a window's width or more, is left to XLA. As any `custom_vjp` these take no forward-mode derivative.
     """
-    window, channels = kernel.shape[:-2], kernel.shape[-2:]
-    dilated = {more.get("lhs_dilation"), more.get("rhs_dilation")} - {None, (1,) * len(window)}
-    if len(window) != 2 or dilated or more.get("feature_group_count", 1) != 1:
+    if not _usual(x, kernel, **more):
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **more)
     if isinstance(padding, str):
-        padding = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
+        padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     steps: Any = tuple(strides)
     pads: Any = tuple(map(tuple, padding))
-    few = channels[0] < 16 and channels[1] <= (16 if x.dtype == jnp.bfloat16 else 64)
-    if few and steps == (1, 1) and len(x) >= 16 and min(window) > 1 and math.prod(window) <= 25:
+    height, width, channels, features = kernel.shape
+    if not all(_fits(*side) for side in zip(x.shape[1:3], (height, width), pads, strict=True)):
+        return _plain(steps, pads, x, kernel)
+    few = channels < 16 and features <= (16 if x.dtype == jnp.bfloat16 else 64)
+    if few and steps == (1, 1) and min(height, width) > 1 and height * width <= 25 and len(x) >= 16:
         return _band(pads, x, kernel)
-    if one_cpu():
+    if jax.default_backend() == "cpu":
         return _canonical(steps, pads, x, kernel)
     return _plain(steps, pads, x, kernel)
 
 
+def _usual(x: jax.Array, kernel: jax.Array, dimension_numbers: Any = None, **more: Any) -> bool:
+    if (
+        not x.size
+        or kernel.ndim != 4
+        or any(np.any(np.asarray(value) != 1) for value in more.values() if value is not None)
+    ):
+        return False
+    asked, own = (jax.lax.conv_dimension_numbers(x.shape, kernel.shape, d) for d in (dimension_numbers, CHANNELS_LAST))
+    return asked == own
+
+
+def _fits(size: int, window: int, pads: tuple[int, int]) -> bool:
+    return size + sum(pads) >= window and 0 <= min(pads) <= max(pads) < window
+
+
 def _plain(strides: Strides, padding: Padding, x: jax.Array, kernel: jax.Array, **more: Any) -> jax.Array:
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **more)
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=CHANNELS_LAST, **more)
 
 
 # -- canonical gradients -----------------------------------------------------------------------------------------------
-
-
-def one_cpu() -> bool:
-    """Over several devices the batch is cut, and a loop over its parts would send them about."""
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -73,14 +86,17 @@ def _canonical_forward(strides, padding, x, kernel):
 
 def _canonical_backward(strides, padding, saved, dy):
     x, kernel = saved
-    dkernel = by_rows if 16 <= min(kernel.shape[2:]) <= max(kernel.shape[2:]) <= 256 else kernel_gradient
-    return (
-        input_gradient(strides, padding, x.shape, kernel, dy),
-        dkernel(strides, padding, kernel.shape, x, dy).astype(kernel.dtype),
-    )
+    rows = 16 <= min(kernel.shape[2:]) <= max(kernel.shape[2:]) <= 256 and one_device()
+    dkernel = (by_rows if rows else kernel_gradient)(strides, padding, kernel.shape, x, dy)
+    return input_gradient(strides, padding, x.shape, kernel, dy), dkernel.astype(kernel.dtype)
 
 
 _canonical.defvjp(_canonical_forward, _canonical_backward)
+
+
+def one_device() -> bool:
+    """Over several the batch is cut, and a loop over its parts would send them about."""
+    return jax.device_count() == 1
 
 
 def input_gradient(

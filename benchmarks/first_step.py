@@ -1,0 +1,104 @@
+"""How long from the command to the first step, and where does the time go?
+
+    python benchmarks/first_step.py
+
+`launch.py` as a user starts it, pinned to one core, with a compile cache of its own: the first start of each experiment
+compiles, the others find what it left. Its own lines mark the parts: the table of parameters comes when all is
+imported, the data is there and the step has been traced for its shapes; the line of the device once the step is
+compiled, or read from the cache; the line of step 1 with what that made. What the imports alone take is told by a
+process that does nothing else. Medians of wall time, the experiments by turns.
+"""
+
+import argparse
+import datetime
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.machine import processor  # noqa: E402
+from jaxcompute import log  # noqa: E402
+
+MARKS = {"data and trace": "layer ", "compile": "1 x ", "first step": "1/"}  # a part, and how the line after it begins
+IMPORTS = "import launch, experiments.{0}, jaxcompute.distributed, jaxcompute.sharding, jaxcompute.train"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--experiments", default="digits_mlp,cifar_resnet")
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / f"benchmarks/results/first-step-{datetime.date.today()}.json"
+    )
+    given = parser.parse_args()
+    names = given.experiments.split(",")
+    with tempfile.TemporaryDirectory(prefix="jaxcompute-first-step-") as folder:
+        env = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "PYTHONPATH": str(ROOT)}
+        cold = {name: start(name, env) for name in names}
+        warm: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        for turn in range(given.turns):
+            for name in names:
+                warm[name].append(start(name, env))
+                total = sum(warm[name][-1].values())
+                print(f"{turn + 1}/{given.turns} {name}: {total:.2f} s", file=sys.stderr, flush=True)
+    found = {
+        name: {part: statistics.median(run[part] for run in warm[name]) for part in warm[name][0]} for name in names
+    }
+    totals = {name: sorted(sum(run.values()) for run in warm[name]) for name in names}
+    rows: list[Any] = [
+        (
+            name,
+            f"{statistics.median(totals[name]):.2f}",
+            f"{totals[name][0]:.2f} to {totals[name][-1]:.2f}",
+            *(f"{seconds:.2f}" for seconds in parts.values()),
+            f"{sum(cold[name].values()):.2f}",
+        )
+        for name, parts in found.items()
+    ]
+    print(log.table(rows, ("experiment", "seconds", "range", *next(iter(found.values())), "without the cache")))
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    told: dict[str, Any] = {"device": f"one core of {processor()}", "turns": given.turns, "seconds": totals}
+    log.write_json(given.out, log.describe({}, **told, parts=found, without_the_cache=cold))
+
+
+def start(name: str, env: dict[str, str]) -> dict[str, float]:
+    """Seconds of each part, from the command to the first step.
+
+    Raises:
+        RuntimeError: it ended before, or failed.
+    """
+    began = time.perf_counter()
+    subprocess.run([*pinned(), sys.executable, "-c", IMPORTS.format(name)], check=True, cwd=ROOT, env=env)
+    parts = {"imports": time.perf_counter() - began}
+    with tempfile.TemporaryDirectory() as workdir:
+        flags = [f"--experiment={name}", "--config.steps=1", "--config.log_every=1", f"--workdir={workdir}/run"]
+        command = [*pinned(), sys.executable, "-u", str(ROOT / "launch.py"), *flags]
+        began = last = time.perf_counter()
+        with subprocess.Popen(
+            command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process:
+            lines = process.stdout or ()
+            for part, mark in MARKS.items():
+                if any(line.startswith(mark) for line in lines):  # reads on to it
+                    now = time.perf_counter()
+                    parts[part], last = now - last, now
+            process.communicate()
+    if process.returncode or len(parts) <= len(MARKS):
+        raise RuntimeError(f"{' '.join(command)}: ended with code {process.returncode} and {parts}")
+    parts["data and trace"] -= parts["imports"]
+    return parts
+
+
+def pinned() -> list[str]:
+    return ["taskset", "-c", str(max(os.sched_getaffinity(0)))]
+
+
+if __name__ == "__main__":
+    main()
