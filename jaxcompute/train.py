@@ -143,8 +143,8 @@ def resolve(exp: Experiment, mesh: jax.sharding.Mesh) -> Experiment:
         jaxlib = importlib.metadata.version("jaxlib")
         raise BadInput(f"bfloat16 on the CPU is broken in jaxlib {jaxlib}: set XLA_FLAGS={MEND}")
     if config.steps_per_call == 0:
-        # a rolled loop over convolutions is some 30 times slower on the CPU, but for those of models/conv.py; a streamed
-        # batch is one step's
+        # a rolled loop over convolutions other than those of models/conv.py is some 30 times slower on the CPU; a
+        # streamed batch is one step's
         config = dataclasses.replace(config, steps_per_call=1 if cpu or not exp.train.resident else 8)
     if config.steps_per_call > 1 and not exp.train.resident:
         raise BadInput(f"--config.steps_per_call={config.steps_per_call}: a streamed batch is one step's; give 1")
