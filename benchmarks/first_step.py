@@ -39,6 +39,8 @@ def main() -> None:
     )
     given = parser.parse_args()
     names = given.experiments.split(",")
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # all that it starts is pinned with it
     with tempfile.TemporaryDirectory(prefix="jaxcompute-first-step-") as folder:
         env = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "PYTHONPATH": str(ROOT)}
         cold = {name: start(name, env) for name in names}
@@ -75,11 +77,11 @@ def start(name: str, env: dict[str, str]) -> dict[str, float]:
         RuntimeError: it ended before, or failed.
     """
     began = time.perf_counter()
-    subprocess.run([*pinned(), sys.executable, "-c", IMPORTS.format(name)], check=True, cwd=ROOT, env=env)
+    subprocess.run([sys.executable, "-c", IMPORTS.format(name)], check=True, cwd=ROOT, env=env)
     parts = {"imports": time.perf_counter() - began}
     with tempfile.TemporaryDirectory() as workdir:
         flags = [f"--experiment={name}", "--config.steps=1", "--config.log_every=1", f"--workdir={workdir}/run"]
-        command = [*pinned(), sys.executable, "-u", str(ROOT / "launch.py"), *flags]
+        command = [sys.executable, "-u", str(ROOT / "launch.py"), *flags]
         began = last = time.perf_counter()
         with subprocess.Popen(
             command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -94,10 +96,6 @@ def start(name: str, env: dict[str, str]) -> dict[str, float]:
         raise RuntimeError(f"{' '.join(command)}: ended with code {process.returncode} and {parts}")
     parts["data and trace"] -= parts["imports"]
     return parts
-
-
-def pinned() -> list[str]:
-    return ["taskset", "-c", str(max(os.sched_getaffinity(0)))]
 
 
 if __name__ == "__main__":
