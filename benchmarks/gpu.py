@@ -56,6 +56,7 @@ STAGES = {
     "resume": Stage(stages.resume, 45),
     "deterministic": Stage(stages.deterministic, 80),
     "roofs": Stage(stages.roofs, 130),
+    "trainings": Stage(stages.trainings, 240, "real"),
     "sweep": Stage(stages.sweep, 200, "any"),
     "loops": Stage(stages.loops, 90, "any"),
     "profile": Stage(stages.profiled, 45, "any"),

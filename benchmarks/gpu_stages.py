@@ -349,6 +349,30 @@ def run_rows(who: str, runs: list[Facts]) -> list[Row]:
 median = statistics.median
 
 
+def trainings(out: Path, tiny: bool) -> Facts:
+    """cifar_resnet by launch.py, to its end: the wide form, and depth 20."""
+    common = ["--experiment=cifar_resnet", "--config.padding=4", "--config.eval_every=1000000"]
+    runs = {
+        "18": (0.955, ["batch_size=512", "epochs=60", "muon=0.08", "label_smoothing=0.1"]),
+        "20": (0.92, ["batch_size=256", "epochs=80", "muon=0.04", "small_epochs=56"]),
+    }
+    rows: list[Row] = []
+    for depth, (goal, fields) in runs.items():
+        if tiny:
+            fields = [*fields, "steps=2", "batch_size=8", "small_epochs=0"]
+        workdir, began = out / f"trainings/{depth}", time.perf_counter()
+        flags = [f"--config.{field}" for field in [f"depth={depth}", *fields]]
+        code, text = launched(*common, *flags, f"--workdir={workdir}")
+        if code:
+            raise RuntimeError(text)
+        steps = log.read(workdir)
+        what = f"depth {depth}, {', '.join(fields)}"
+        rows.append(at_least(goal, f"{what}: accuracy", steps[max(steps)]["eval/accuracy"]))
+        rows.append(Row(f"{what}: from command to end", time.perf_counter() - began, "s"))
+        keep(out, rows)
+    return {"rows": rows}
+
+
 # -- what do its settings give? ----------------------------------------------------------------------------------------
 
 
