@@ -1,7 +1,5 @@
 """A compiled program's text: kinds, layers and costs, on real programs and on what a GPU's text has besides."""
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,7 @@ PRODUCTS = (hlo.CONVOLUTION, hlo.MATMUL)
 @pytest.fixture(autouse=True)
 def convolutions_as_on_a_gpu(monkeypatch):
     # on the CPU small ones are matrix products of their own
-    monkeypatch.setattr(conv, "_band", partial(conv._plain, (1, 1)))
+    monkeypatch.setattr(conv, "_conv", conv._plain)
 
 
 def step_of(model: nn.Module, **fields) -> tuple[train.Program, list[hlo.Instruction]]:

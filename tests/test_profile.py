@@ -1,7 +1,6 @@
 """What a trace says: on made-up events, on what a GPU's trace looks like, and on a real one of two devices."""
 
 import json
-from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -91,7 +90,7 @@ def test_the_trace_of_a_gpu(monkeypatch, tmp_path):
 
 
 def test_a_real_trace_of_two_devices(tmp_path, monkeypatch):
-    monkeypatch.setattr(conv, "_band", partial(conv._plain, (1, 1)))  # convolutions as on a GPU
+    monkeypatch.setattr(conv, "_conv", conv._plain)  # convolutions as on a GPU
     exp = tiny.mlp(CNN((4, 6), (8,), 3), mesh_data=2, batch_size=32)
     found = profile.run(exp, tmp_path, seconds=0.05)
     assert found.devices == 2 and 4 <= found.steps <= 50

@@ -18,17 +18,20 @@ TILE = 2**20  # bytes of copies at a time: with what they are multiplied by, wha
 def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, **more: Any) -> jax.Array:
     """`jax.lax.conv_general_dilated`: x [B, H, W, C] and kernel [h, w, C, D] to [B, H', W', D].
 
-    On a CPU three things are computed otherwise than by XLA. Times are of one core of an Intel Xeon (jax 0.10.2,
-    float32) as parts of XLA's.
+    On a CPU some are computed otherwise than by XLA; times are of one core of an Intel Xeon (jax 0.10.2) as parts of
+    XLA's.
 
-    A window to 5x5 at stride 1, of fewer than 16 channels to 64 features at most (in bfloat16 to 16), of 16 examples or
-    more: `by_band`. Forward, the kernel's gradient, and of C3 the input's: LeNet-5's C1 0.16, 0.73, C3 0.93, 1.14,
-    0.27; 3x3 of 1 channel to 64 0.69, 0.33, of 3 to 16 0.38, 0.81, of 3 to 64 1.98, 0.55; in bfloat16 C1 0.17, 0.76, C3
-    1.16, 1.49, 0.66, of 3 to 16 0.59, 1.48.
+    The convolution itself, and the input's gradient, which is one, at stride 1. In float32 of 16 channels and features
+    at most, or of 7 channels to 32 features, `by_groups`: LeNet-5's C1 0.11, C3 0.66, 3x3 of 3 channels to 16 0.19, to
+    32 0.27, of 16 to 16 0.73. A window to 5x5, of fewer than 16 channels to 64 features at most (in bfloat16 to 16), of
+    16 examples or more, `by_band` in bfloat16, and in both the gradient of an input larger than the output: C1 0.17, C3
+    1.16, of 3 to 16 0.59; C3's gradient 0.27, in bfloat16 0.66.
 
-    Of the others those of 16 to 256 channels on both sides, on one device: the kernel's gradient `by_rows`. 3x3 of 16
-    channels 0.49, of 32 0.55, of 64 0.46 to 0.80, of 128 0.53, of 256 0.93 (ResNet-20's and ResNet-18's sizes); in
-    bfloat16 0.55 to 0.84, of 256 1.08; at stride 2 of 16 0.50, of 32 0.87, of 64 0.58, of 128 1.04, and 1x1 0.24.
+    The kernel's gradient. Of the same few at stride 1 `by_band`: C1 0.73, C3 1.14, 3x3 of 1 channel to 64 0.33, of 3 to
+    16 0.81, of 3 to 64 0.55; in bfloat16 C1 0.76, C3 1.49, of 3 to 16 1.48. Of 16 to 256 channels on both sides, on one
+    device, `by_rows`: 3x3 of 16 channels 0.49, of 32 0.55, of 64 0.46 to 0.80, of 128 0.53, of 256 0.93 (ResNet-20's
+    and ResNet-18's sizes); in bfloat16 0.55 to 0.84, of 256 1.08; at stride 2 of 16 0.50, of 32 0.87, of 64 0.58, of
+    128 1.04, and 1x1 0.24.
 
     The other gradients are XLA's, bit for bit, but written in the one form that it has a fast program for: its own
     rewriting into that form leaves out what is inside a loop or a branch, where ResNet-20's step took 30 times as long.
@@ -42,15 +45,9 @@ def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, 
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     steps: Any = tuple(strides)
     pads: Any = tuple(map(tuple, padding))
-    height, width, channels, features = kernel.shape
-    if not all(_fits(*side) for side in zip(x.shape[1:3], (height, width), pads, strict=True)):
-        return _plain(steps, pads, x, kernel)
-    few = channels < 16 and features <= (16 if x.dtype == jnp.bfloat16 else 64)
-    if few and steps == (1, 1) and min(height, width) > 1 and height * width <= 25 and len(x) >= 16:
-        return _band(pads, x, kernel)
-    if jax.default_backend() == "cpu":
-        return _canonical(steps, pads, x, kernel)
-    return _plain(steps, pads, x, kernel)
+    fits = all(_fits(*side) for side in zip(x.shape[1:3], kernel.shape[:2], pads, strict=True))
+    own = fits and jax.default_backend() == "cpu"
+    return (_conv if own else _plain)(steps, pads, x, kernel)
 
 
 def _usual(x: jax.Array, kernel: jax.Array, dimension_numbers: Any = None, **more: Any) -> bool:
@@ -68,30 +65,80 @@ def _fits(size: int, window: int, pads: tuple[int, int]) -> bool:
     return size + sum(pads) >= window and 0 <= min(pads) <= max(pads) < window
 
 
-def _plain(strides: Strides, padding: Padding, x: jax.Array, kernel: jax.Array, **more: Any) -> jax.Array:
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=CHANNELS_LAST, **more)
-
-
-# -- canonical gradients -----------------------------------------------------------------------------------------------
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _canonical(strides: Strides, padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _plain(strides, padding, x, kernel)
+def _conv(strides: Strides, padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return forward(strides, padding, x, kernel)
 
 
-def _canonical_forward(strides, padding, x, kernel):
-    return _plain(strides, padding, x, kernel), (x, kernel)
+def _conv_forward(strides, padding, x, kernel):
+    return forward(strides, padding, x, kernel), (x, kernel)
 
 
-def _canonical_backward(strides, padding, saved, dy):
+def _conv_backward(strides, padding, saved, dy):
     x, kernel = saved
-    rows = 16 <= min(kernel.shape[2:]) <= max(kernel.shape[2:]) <= 256 and one_device()
-    dkernel = (by_rows if rows else kernel_gradient)(strides, padding, kernel.shape, x, dy)
+    dkernel = kernel_gradient(strides, padding, kernel.shape, x, dy)
     return input_gradient(strides, padding, x.shape, kernel, dy), dkernel.astype(kernel.dtype)
 
 
-_canonical.defvjp(_canonical_forward, _canonical_backward)
+_conv.defvjp(_conv_forward, _conv_backward)
+
+
+def forward(strides: Strides, padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    _, width, channels, features = kernel.shape
+    default = partial(_plain, strides, padding)
+    few = max(channels, features) <= 16 or (channels < 8 and features <= 32)
+    if few and strides == (1, 1) and width > 1 and x.dtype == jnp.float32:
+        return jax.lax.platform_dependent(x, kernel, cpu=partial(by_groups, padding), default=default)
+    if _for_band(strides, x, kernel.shape) and x.dtype == jnp.bfloat16:
+        return jax.lax.platform_dependent(x, kernel, cpu=partial(by_band, padding), default=default)
+    return default(x, kernel)
+
+
+def input_gradient(
+    strides: Strides, padding: Padding, shape: Sequence[int], kernel: jax.Array, dy: jax.Array
+) -> jax.Array:
+    """Of x, of that shape: a convolution of dy, spread by the strides, with the kernel turned about."""
+    pads: list[tuple[int, int]] = []
+    for i in range(2):
+        below, spread = kernel.shape[i] - 1 - padding[i][0], (dy.shape[i + 1] - 1) * strides[i] + 1
+        pads.append((below, shape[i + 1] + kernel.shape[i] - 1 - spread - below))
+
+    def of_kernel(kernel: jax.Array, dy: jax.Array) -> jax.Array:
+        turned = kernel[::-1, ::-1].swapaxes(2, 3)
+        if strides == (1, 1):
+            return forward(strides, (pads[0], pads[1]), dy, turned)
+        return _plain((1, 1), (pads[0], pads[1]), dy, turned, lhs_dilation=strides)
+
+    def of_band(kernel: jax.Array, dy: jax.Array) -> jax.Array:
+        like = jax.ShapeDtypeStruct(shape, dy.dtype)
+        return jax.linear_transpose(lambda x: by_band(padding, x, kernel), like)(dy)[0]
+
+    larger = shape[1] > dy.shape[1] or shape[2] > dy.shape[2]  # which XLA's fast program leaves out
+    if larger and _for_band(strides, dy, kernel.shape):
+        return jax.lax.platform_dependent(kernel, dy, cpu=of_band, default=of_kernel)
+    return of_kernel(kernel, dy)
+
+
+def kernel_gradient(strides: Strides, padding: Padding, shape: Sequence[int], x: jax.Array, dy: jax.Array) -> jax.Array:
+    """Of a kernel of that shape."""
+    channels, features = shape[2:]
+    default = partial(by_batch, strides, padding, shape)
+
+    def of_band(x: jax.Array, dy: jax.Array) -> jax.Array:
+        like = jax.ShapeDtypeStruct(shape, dy.dtype)
+        return jax.linear_transpose(lambda kernel: by_band(padding, x, kernel), like)(dy)[0]
+
+    if _for_band(strides, x, shape):
+        return jax.lax.platform_dependent(x, dy, cpu=of_band, default=default)
+    if 16 <= min(channels, features) <= max(channels, features) <= 256 and one_device():
+        return by_rows(strides, padding, shape, x, dy)
+    return default(x, dy)
+
+
+def _for_band(strides: Strides, x: jax.Array, shape: Sequence[int]) -> bool:
+    height, width, channels, features = shape
+    few = channels < 16 and features <= (16 if x.dtype == jnp.bfloat16 else 64)
+    return few and strides == (1, 1) and min(height, width) > 1 and height * width <= 25 and len(x) >= 16
 
 
 def one_device() -> bool:
@@ -99,21 +146,60 @@ def one_device() -> bool:
     return jax.device_count() == 1
 
 
-def input_gradient(
-    strides: Strides, padding: Padding, shape: Sequence[int], kernel: jax.Array, dy: jax.Array
-) -> jax.Array:
-    """Of x, of that shape: a convolution of dy, spread by the strides, with the kernel turned about."""
-    window = kernel.shape[:2]
-    pads = []
-    for i in range(2):
-        below, spread = window[i] - 1 - padding[i][0], (dy.shape[i + 1] - 1) * strides[i] + 1
-        pads.append((below, shape[i + 1] + window[i] - 1 - spread - below))
-    turned = kernel[::-1, ::-1].swapaxes(2, 3)
-    return _plain((1, 1), tuple(pads), dy, turned, lhs_dilation=strides)
+# -- ways to a convolution ---------------------------------------------------------------------------------------------
 
 
-def kernel_gradient(strides: Strides, padding: Padding, shape: Sequence[int], x: jax.Array, dy: jax.Array) -> jax.Array:
-    """Of a kernel of that shape: a convolution of x with dy, the batch in the channels' place."""
+def _plain(strides: Strides, padding: Padding, x: jax.Array, kernel: jax.Array, **more: Any) -> jax.Array:
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=CHANNELS_LAST, **more)
+
+
+def by_groups(padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The convolution as one of g columns at a time, each group a pixel of g times as many channels and features.
+
+    XLA's fast program for float32 leaves out what has 16 or fewer of both; g is the least power of 2 that gives it
+    more.
+    """
+    (height, width, channels, features), batch = kernel.shape, len(x)
+    g = 2 ** math.ceil(math.log2(17 / max(channels, features))) if max(channels, features) <= 16 else 2
+    columns = x.shape[2] + sum(padding[1]) - width + 1
+    groups, seen = math.ceil(columns / g), math.ceil((g + width - 1) / g)
+    place = np.zeros((width, seen, g, g), kernel.dtype)  # of a tap: group, column there, column of the output's group
+    for tap, own in np.ndindex(width, g):
+        place[tap, (tap + own) // g, (tap + own) % g, own] = 1
+    kernel = jnp.einsum("hwcd,wsgo->hsgcod", kernel, place).reshape(height, seen, g * channels, g * features)
+    right = (groups + seen - 1) * g - x.shape[2] - padding[1][0]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 0, 0), (padding[1][0], right, 0), (0, 0, 0)))
+    x = x.reshape(batch, x.shape[1], groups + seen - 1, g * channels)
+    y = _plain((1, 1), (padding[0], (0, 0)), x, kernel)
+    return y.reshape(batch, y.shape[1], groups * g, features)[:, :, :columns]
+
+
+def by_band(padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The convolution as one matrix product, of pieces of lines: (u + w - 1) / w times the work, at a product's speed.
+
+    A piece, [u D] outputs side by side in a line, is the h (u + w - 1) C inputs above it times a matrix that has the
+    kernel along its diagonals and zeros beside them.
+    """
+    (height, width, channels, features), batch = kernel.shape, len(x)
+    rows, columns = (x.shape[i + 1] + sum(padding[i]) - kernel.shape[i] + 1 for i in (0, 1))
+    pieces = max(1, columns // max(4, math.ceil(64 / features)))  # not so narrow that a product were slow
+    u = math.ceil(columns / pieces)
+    x = jnp.pad(x, ((0, 0), padding[0], (padding[1][0], padding[1][1] + pieces * u - columns), (0, 0)))
+
+    place = jnp.stack([jnp.eye(u + width - 1, u, -j, dtype=kernel.dtype) for j in range(width)])
+    band = jnp.einsum("hwcd,wuv->hucvd", kernel, place).reshape(-1, u * features)
+    across = jnp.stack([x[:, :, i * u : (i + 1) * u + width - 1] for i in range(pieces)], 2)
+    across = across.reshape(batch, x.shape[1], pieces, (u + width - 1) * channels)
+    down = jnp.concatenate([across[:, i : i + rows] for i in range(height)], -1)
+    y = down.reshape(batch * rows * pieces, -1) @ band
+    return y.reshape(batch, rows, pieces * u, features)[:, :, :columns]
+
+
+# -- ways to the kernel's gradient -------------------------------------------------------------------------------------
+
+
+def by_batch(strides: Strides, padding: Padding, shape: Sequence[int], x: jax.Array, dy: jax.Array) -> jax.Array:
+    """The kernel's gradient as a convolution of x with dy, the batch in the channels' place."""
     pads = []
     for i in range(2):
         spread = (dy.shape[i + 1] - 1) * strides[i] + 1
@@ -123,7 +209,7 @@ def kernel_gradient(strides: Strides, padding: Padding, shape: Sequence[int], x:
 
 
 def by_rows(strides: Strides, padding: Padding, shape: Sequence[int], x: jax.Array, dy: jax.Array) -> jax.Array:
-    """As `kernel_gradient`: a matrix product for each row of the kernel, of some examples at a time.
+    """The kernel's gradient: a matrix product for each row of the kernel, of some examples at a time.
 
     dkernel[i, j] = sum over b, y, u of x[b, s y + i, s u + j] dy[b, y, u], x padded. At stride 1 a product is of rows
     of x as they lie by copies of dy, each shifted by its column j; else of copies of x, what each column met, by dy.
@@ -157,52 +243,3 @@ def by_rows(strides: Strides, padding: Padding, shape: Sequence[int], x: jax.Arr
     total = jnp.zeros((height, *of_a_row), jnp.promote_types(x.dtype, jnp.float32))
     total = jax.lax.fori_loop(0, batch // some, add, total)
     return total.reshape(height, channels, width, features).swapaxes(1, 2) if shifted else total.reshape(shape)
-
-
-# -- by a band matrix --------------------------------------------------------------------------------------------------
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _band(padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jax.lax.platform_dependent(
-        x, kernel, cpu=partial(by_band, padding), default=partial(_plain, (1, 1), padding)
-    )
-
-
-def _band_forward(padding, x, kernel):
-    return _band(padding, x, kernel), (x, kernel)
-
-
-def _band_backward(padding, saved, dy):
-    def gradient(by):
-        def pulled(function):
-            return lambda x, kernel, dy: jax.vjp(function, x, kernel)[1](dy)[by]
-
-        cpu, default = partial(by_band, padding), partial(_plain, (1, 1), padding)
-        return jax.lax.platform_dependent(*saved, dy, cpu=pulled(cpu), default=pulled(default))
-
-    return gradient(0), gradient(1)  # one by one, as no one asks for that of the network's input
-
-
-_band.defvjp(_band_forward, _band_backward)
-
-
-def by_band(padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The convolution as one matrix product, of pieces of lines: (u + w - 1) / w times the work, at a product's speed.
-
-    A piece, [u D] outputs side by side in a line, is the h (u + w - 1) C inputs above it times a matrix that has the
-    kernel along its diagonals and zeros beside them.
-    """
-    (height, width, channels, features), batch = kernel.shape, len(x)
-    rows, columns = (x.shape[i + 1] + sum(padding[i]) - kernel.shape[i] + 1 for i in (0, 1))
-    pieces = max(1, columns // max(4, math.ceil(64 / features)))  # not so narrow that a product were slow
-    u = math.ceil(columns / pieces)
-    x = jnp.pad(x, ((0, 0), padding[0], (padding[1][0], padding[1][1] + pieces * u - columns), (0, 0)))
-
-    place = jnp.stack([jnp.eye(u + width - 1, u, -j, dtype=kernel.dtype) for j in range(width)])
-    band = jnp.einsum("hwcd,wuv->hucvd", kernel, place).reshape(-1, u * features)
-    across = jnp.stack([x[:, :, i * u : (i + 1) * u + width - 1] for i in range(pieces)], 2)
-    across = across.reshape(batch, x.shape[1], pieces, (u + width - 1) * channels)
-    down = jnp.concatenate([across[:, i : i + rows] for i in range(height)], -1)
-    y = down.reshape(batch * rows * pieces, -1) @ band
-    return y.reshape(batch, rows, pieces * u, features)[:, :, :columns]
