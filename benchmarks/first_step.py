@@ -12,6 +12,7 @@ process that does nothing else. Medians of wall time, the experiments by turns.
 import argparse
 import datetime
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.machine import processor  # noqa: E402
 from jaxcompute import log  # noqa: E402
 
-MARKS = {"data and trace": "layer ", "compile": "1 x ", "first step": "1/"}  # a part, and how the line after it begins
+MARKS = {"data and trace": "layer ", "compile": r"\d+ x ", "first step": "1/"}  # how the line after a part begins
 IMPORTS = "import launch, experiments.{0}, jaxcompute.distributed, jaxcompute.sharding, jaxcompute.train"
 
 
@@ -39,6 +40,10 @@ def main() -> None:
     )
     given = parser.parse_args()
     names = given.experiments.split(",")
+    if given.turns < 1:
+        parser.error(f"--turns={given.turns}: give 1 or more")
+    if unknown := [name for name in names if not (ROOT / f"experiments/{name}.py").exists()]:
+        parser.error(f"--experiments={','.join(unknown)}: not in experiments/")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # all that it starts is pinned with it
     with tempfile.TemporaryDirectory(prefix="jaxcompute-first-step-") as folder:
@@ -86,14 +91,16 @@ def start(name: str, env: dict[str, str]) -> dict[str, float]:
         with subprocess.Popen(
             command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         ) as process:
-            lines = process.stdout or ()
-            for part, mark in MARKS.items():
-                if any(line.startswith(mark) for line in lines):  # reads on to it
+            said, wanted = [], iter(MARKS.items())
+            part, mark = next(wanted)
+            for line in process.stdout or ():
+                said.append(line)
+                if re.match(mark, line):
                     now = time.perf_counter()
                     parts[part], last = now - last, now
-            process.communicate()
+                    part, mark = next(wanted, ("", "$^"))
     if process.returncode or len(parts) <= len(MARKS):
-        raise RuntimeError(f"{' '.join(command)}: ended with code {process.returncode} and {parts}")
+        raise RuntimeError(f"{' '.join(command)}: ended with code {process.returncode}: {''.join(said[-5:])}")
     parts["data and trace"] -= parts["imports"]
     return parts
 

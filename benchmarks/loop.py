@@ -3,8 +3,8 @@
     python benchmarks/loop.py
 
 Bare: the loop's own compiled call, dispatched some hundred times in a row, and nothing else. The loop: `train.fit` with
-metrics, a log line every 50 steps (of digits_mlp every 100, its default), its progress display, files and checkpoints
-in a work directory; time is taken from its first log line to its last but one, before the evaluation at its end. Both
+metrics, its progress display and files in a work directory, and a log line every 50 steps (of digits_mlp every 100) or
+six in a turn; time is taken from its first log line to its last but one, before the evaluation at its end. Both
 run by turns in one process, pinned to a core, each turn with a program and a State of its own, as where these lie in
 memory is worth a tenth; CPU time counts, that of all threads. Gather and augmentation are timed as a program of their
 own: inside the step some of it is fused away.
@@ -50,14 +50,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="of a turn; 0: as many as take some seconds")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"))
     options = parser.parse_args()
+    if options.turns < 1 or 0 < options.steps < 6:
+        parser.error(f"--turns={options.turns} --steps={options.steps}: give at least 1 turn, and 6 steps or 0")
 
     from benchmarks.side_by_side import facts
-    from jaxcompute import log
+    from jaxcompute import cache, log
 
-    found = []
+    cache.keep()  # each turn compiles the same again
+    file = Path(options.out) / f"loop-{datetime.date.today()}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found: list[Loop] = []
     for name in options.experiments.split(","):
         found.append(measure(name, options))
         print(f"{name}: {found[-1].share:.1%} of the bare call", file=sys.stderr, flush=True)
+        told = {"device": facts()[0], "turns": options.turns, "loops": [x._asdict() for x in found]}
+        log.write_json(file, log.describe({}, **told))
     rows = [
         (
             *(x.experiment, x.batch_size, f"{x.bare_ms:.3g}", f"{x.loop_ms:.3g}", f"{x.share:.1%}"),
@@ -76,10 +83,6 @@ def main() -> None:
         "of the call",
     )
     print(log.table(rows, headers))
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    told = {"device": facts()[0], "turns": options.turns, "loops": [x._asdict() for x in found]}
-    log.write_json(out / f"loop-{datetime.date.today()}.json", log.describe({}, **told))
 
 
 def experiment(name: str, steps: int) -> Any:
@@ -94,7 +97,7 @@ def experiment(name: str, steps: int) -> Any:
     else:
         module = importlib.import_module(f"experiments.{name}")
         exp = module.experiment(module.Config(steps=steps, eval_every=10**9, mesh_data=1))
-    every = min(exp.config.log_every, steps // 6)
+    every = max(1, min(exp.config.log_every, steps // 6))
     few = {name: rows[: exp.eval.batch_size] for name, rows in exp.eval.feed(0).items()}
     return dataclasses.replace(
         exp,
@@ -127,8 +130,9 @@ def measure(name: str, options: argparse.Namespace) -> Loop:
             jax.block_until_ready(held)
             return (clock() - began) / (end - start)
 
-        run(0, steps // 6)  # as the loop has come to its first log line
-        return run(steps // 6, steps)
+        warm = count * max(1, exp.config.log_every // count)  # as far as the loop's first log line
+        run(0, warm)
+        return run(warm, warm + count * max(1, (steps - warm) // count))
 
     def loop() -> float:
         marks: list[tuple[int, float]] = []

@@ -255,3 +255,22 @@ def test_the_speedruns_peer_takes_the_same_steps():
         pairs[f"bias {i}"] = norm.bias, params[f"BatchNorm_{i}"]["bias"]
     apart = {name: np.linalg.norm(a.detach().numpy() - b) / np.linalg.norm(b) for name, (a, b) in pairs.items()}
     assert max(apart.values()) < 5e-3, apart
+
+
+def test_whole_trainings_tell_their_accuracy_and_begin_anew(tmp_path, monkeypatch):
+    seen = []
+
+    def launched(*flags):
+        workdir = Path(flags[-1].removeprefix("--workdir="))
+        assert not workdir.exists()
+        workdir.mkdir(parents=True)
+        accuracy = 0.96 if "--config.depth=18" in flags else 0.919
+        (workdir / "metrics.jsonl").write_text(json.dumps({"step": 9, "time": 0.0, "eval/accuracy": accuracy}) + "\n")
+        seen.append(flags)
+        return 0, ""
+
+    monkeypatch.setattr(gpu.stages, "launched", launched)
+    for _ in range(2):
+        rows = gpu.stages.trainings(tmp_path, tiny=False)["rows"]
+        assert [(row.value, row.holds) for row in rows if row.goal] == [(0.96, True), (0.919, False)]
+    assert len(seen) == 4

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jax.tree_util import tree_leaves_with_path
 
 from jaxcompute import flops
@@ -319,7 +321,7 @@ def test_conv_of_few_channels_is_linens(window, padding, channels, dtype, forwar
     for name in ("by_groups", "by_band"):
         monkeypatch.setattr(conv, name, partial(watched, name, getattr(conv, name)))
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(16, 9, 7, channels[0])), dtype)
+    x = jnp.asarray(rng.normal(size=(16, 9, 33, channels[0])), dtype)
     plain = nn.Conv(channels[1], window, padding=padding)
     variables = jax.tree.map(lambda a: a.astype(dtype), plain.init(jax.random.key(0), x))
     found = []
@@ -343,10 +345,27 @@ def test_conv_of_few_channels_is_xlas_on_a_gpu():
         convolve = partial(conv.conv, strides=(1, 1), padding="SAME", dimension_numbers=conv.CHANNELS_LAST)
         return jax.vjp(convolve, x, kernel)[1](x)
 
-    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((16, 6, 6, 3), (3, 3, 3, 3))]
-    for platform, product in {"cpu": True, "cuda": False}.items():
-        text = jax.jit(run).trace(*args).lower(lowering_platforms=(platform,)).as_text()
-        assert ("stablehlo.dot_general" in text) == product and "stablehlo.convolution" in text
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((16, 24, 24, 3), (3, 3, 3, 3))]
+    text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.convolution" in text and "stablehlo.dot_general" not in text
+
+
+@pytest.mark.parametrize("channels", [(3, 8), (16, 32), (8, 300)])
+def test_conv_inside_shard_map_and_over_explicit_meshes_is_laxs(channels):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(32, 8, 8, channels[0])), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, *channels)), jnp.float32)
+    convolve = partial(conv.conv, strides=(1, 1), padding="SAME", dimension_numbers=conv.CHANNELS_LAST)
+    want = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=conv.CHANNELS_LAST)
+
+    def gradient(kernel, x):
+        return jax.grad(lambda kernel: convolve(x, kernel).sum())(kernel)
+
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+    spread = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())
+    np.testing.assert_allclose(jax.jit(spread)(kernel, x), gradient(kernel, x), rtol=1e-4, atol=1e-3)
+    with jax.set_mesh(jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))):
+        np.testing.assert_array_equal(jax.jit(convolve)(jax.device_put(x, P("d")), kernel), want)
 
 
 @pytest.mark.parametrize("model", [cnn.CNN((16, 16), (8,), classes=3), resnet.ResNet((1,), width=16, classes=3)])

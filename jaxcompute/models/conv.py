@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 Strides = tuple[int, int]
 Padding = tuple[tuple[int, int], tuple[int, int]]  # above and below, left and right
@@ -37,7 +38,9 @@ def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, 
     rewriting into that form leaves out what is inside a loop or a branch, where ResNet-20's step took 30 times as long.
 
     What is not of two dimensions, channels last, or is dilated, grouped, of a set precision, or padded by less than
-    nothing or by a window's width or more, is left to XLA. As any `custom_vjp` these take no forward-mode derivative.
+    nothing or by a window's width or more, is left to XLA, and so is all inside `shard_map` and over explicit meshes.
+    As any `custom_vjp` these take no forward-mode derivative. Of few channels a value that is not finite spreads to
+    neighbours that XLA's keeps clear of it, and features split over devices are gathered.
     """
     if not _usual(x, kernel, **more):
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **more)
@@ -54,6 +57,7 @@ def _usual(x: jax.Array, kernel: jax.Array, dimension_numbers: Any = None, **mor
     if (
         not x.size
         or kernel.ndim != 4
+        or any(kind != AxisType.Auto for a in (x, kernel) for kind in jax.typeof(a).sharding.mesh.axis_types)
         or any(np.any(np.asarray(value) != 1) for value in more.values() if value is not None)
     ):
         return False
@@ -87,6 +91,7 @@ def forward(strides: Strides, padding: Padding, x: jax.Array, kernel: jax.Array)
     _, width, channels, features = kernel.shape
     default = partial(_plain, strides, padding)
     few = max(channels, features) <= 16 or (channels < 8 and features <= 32)
+    few = few and x.shape[2] * max(channels, features) >= 64  # else a group is wider than a line
     if few and strides == (1, 1) and width > 1 and x.dtype == jnp.float32:
         return jax.lax.platform_dependent(x, kernel, cpu=partial(by_groups, padding), default=default)
     if _for_band(strides, x, kernel.shape) and x.dtype == jnp.bfloat16:
@@ -142,7 +147,7 @@ def _for_band(strides: Strides, x: jax.Array, shape: Sequence[int]) -> bool:
 
 
 def one_device() -> bool:
-    """Over several the batch is cut, and a loop over its parts would send them about."""
+    """In this process's sight: over several the batch is cut, and a loop over its parts would send them about."""
     return jax.device_count() == 1
 
 
