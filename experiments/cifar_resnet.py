@@ -5,6 +5,13 @@
 87.16 % of the 10,000 test images at the last of 10 epochs, depth 20 (1 run, seed 0; bfloat16, as on a GPU); 51 min of
 one core of an Intel Xeon (jax 0.10.2), 2026-11-25. With the last scale of each block started at zero, which helps deep
 forms, it had reached 83.5 % in 8 epochs: this one starts at one, as in the paper.
+
+Muon for the convolutions takes half as many epochs, and where the first of them see smaller images each costs less:
+87.25 % at the last of 5 epochs, three of them of 24 pixels (87.13 % with none of them; 1 run of each, seed 0, float32;
+14 min of one core, 2026-11-26):
+
+    python launch.py --experiment=cifar_resnet --config.precision=float32 --config.batch_size=256 --config.epochs=5 \\
+        --config.muon=0.08 --config.small_epochs=3
 """
 
 import dataclasses
