@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType
 
 Strides = tuple[int, int]
@@ -58,7 +57,7 @@ def _usual(x: jax.Array, kernel: jax.Array, dimension_numbers: Any = None, **mor
         not x.size
         or kernel.ndim != 4
         or any(kind != AxisType.Auto for a in (x, kernel) for kind in jax.typeof(a).sharding.mesh.axis_types)
-        or any(np.any(np.asarray(value) != 1) for value in more.values() if value is not None)
+        or any(set(v if isinstance(v, Sequence) else [v]) != {1} for v in more.values() if v is not None)
     ):
         return False
     asked, own = (jax.lax.conv_dimension_numbers(x.shape, kernel.shape, d) for d in (dimension_numbers, CHANNELS_LAST))
@@ -168,9 +167,14 @@ def by_groups(padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
     g = 2 ** math.ceil(math.log2(17 / max(channels, features))) if max(channels, features) <= 16 else 2
     columns = x.shape[2] + sum(padding[1]) - width + 1
     groups, seen = math.ceil(columns / g), math.ceil((g + width - 1) / g)
-    place = np.zeros((width, seen, g, g), kernel.dtype)  # of a tap: group, column there, column of the output's group
-    for tap, own in np.ndindex(width, g):
-        place[tap, (tap + own) // g, (tap + own) % g, own] = 1
+    # of a tap: which group it sees, which column there, from which column of the output's group
+    place = jnp.array(
+        [
+            [[[tap + own == g * group + column for own in range(g)] for column in range(g)] for group in range(seen)]
+            for tap in range(width)
+        ],
+        kernel.dtype,
+    )
     kernel = jnp.einsum("hwcd,wsgo->hsgcod", kernel, place).reshape(height, seen, g * channels, g * features)
     right = (groups + seen - 1) * g - x.shape[2] - padding[1][0]
     x = jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 0, 0), (padding[1][0], right, 0), (0, 0, 0)))
