@@ -176,6 +176,17 @@ def test_max_pool_hides_no_nan():
     assert jnp.isnan(pooling.max_pool(windows)).all()
 
 
+def with_gradients(layer, variables, x):
+    """A layer's output, and its gradients in the variables and in x; traced anew at each call."""
+
+    @jax.jit
+    def run(variables, x):
+        y, pull = jax.vjp(layer.apply, variables, x)
+        return y, pull(jnp.cos(y))
+
+    return run(variables, x)
+
+
 @pytest.mark.parametrize(
     ("window", "padding", "strides", "dtype", "rtol"),
     [
@@ -201,13 +212,7 @@ def test_conv_is_linens_and_its_gradient_by_rows_too(window, padding, strides, d
     for more in ({}, {"conv_general_dilated": conv.conv}):
         layer = nn.Conv(32, window, strides, padding, **more)
         variables = variables or jax.tree.map(lambda a: a.astype(dtype), layer.init(jax.random.key(0), x))
-
-        @jax.jit
-        def run(variables, x, layer=layer):
-            y, pull = jax.vjp(layer.apply, variables, x)
-            return y, pull(jnp.cos(y))
-
-        found.append(run(variables, x))
+        found.append(with_gradients(layer, variables, x))
     assert len(calls) == 1
     (y, (dv, dx)), (own_y, (own_dv, own_dx)) = found
     np.testing.assert_array_equal(own_y, y)
@@ -230,14 +235,8 @@ def test_canonical_gradients_of_other_convolutions_are_xlas_bit_for_bit(window, 
     variables = plain.init(jax.random.key(0), x)
     found = []
     for layer in (plain, plain.clone(conv_general_dilated=conv.conv)):
-
-        @jax.jit
-        def run(variables, x, layer=layer):
-            y, pull = jax.vjp(layer.apply, variables, x)
-            return y, pull(jnp.cos(y))
-
         assert ("custom_vjp" in str(jax.make_jaxpr(layer.apply)(variables, x))) == (layer is not plain)
-        found.append(run(variables, x))
+        found.append(with_gradients(layer, variables, x))
     jax.tree.map(np.testing.assert_array_equal, *found)
 
 
@@ -324,15 +323,7 @@ def test_conv_of_few_channels_is_linens(window, padding, channels, dtype, forwar
     x = jnp.asarray(rng.normal(size=(16, 9, 33, channels[0])), dtype)
     plain = nn.Conv(channels[1], window, padding=padding)
     variables = jax.tree.map(lambda a: a.astype(dtype), plain.init(jax.random.key(0), x))
-    found = []
-    for layer in (plain, plain.clone(conv_general_dilated=conv.conv)):
-
-        @jax.jit
-        def run(variables, x, layer=layer):
-            y, pull = jax.vjp(layer.apply, variables, x)
-            return y, pull(jnp.cos(y))
-
-        found.append(run(variables, x))
+    found = [with_gradients(layer, variables, x) for layer in (plain, plain.clone(conv_general_dilated=conv.conv))]
     assert sorted(calls) == sorted([*forward, "by_band"])
     rtol = 5e-2 if dtype == jnp.bfloat16 else 2e-5
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
