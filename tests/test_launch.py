@@ -131,7 +131,8 @@ def test_a_second_run_is_refused_and_a_dead_one_is_followed(tmp_path):
         while not list((tmp_path / "run/checkpoints").glob("[0-9]*")) and time.monotonic() < deadline:
             assert first.poll() is None
             time.sleep(0.01)
-        first.send_signal(signal.SIGSTOP)  # alive, and itself touching nothing
+        first.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, first.pid, os.WSTOPPED)  # every thread of it: alive, and itself touching nothing
         files = lambda: {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}  # noqa: E731
         before = files()
         second = launch(*flags)

@@ -180,6 +180,7 @@ def test_a_stop_reaches_the_child_once_and_the_same_command_goes_on(
         assert time.monotonic() < deadline and parent.poll() is None
         time.sleep(0.02)
     os.kill(parent.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, parent.pid, os.WSTOPPED)  # a signal of a lower number would overtake it
     os.killpg(parent.pid, number)  # the whole group, as a terminal does
     time.sleep(0.2)
     assert not (sweep / "lr=0.3,seed=0" / "signals").exists()  # it comes from the parent alone
