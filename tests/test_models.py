@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import tree_leaves_with_path
 
 from jaxcompute import flops
-from jaxcompute.models import cnn, conv, lenet, mlp, norm, pooling, resnet
+from jaxcompute.models import cnn, conv, conv_pool, lenet, mlp, norm, pooling, resnet
 
 SMALL = {
     "mlp": mlp.MLP((8, 8), classes=3),
@@ -339,6 +339,60 @@ def test_conv_of_few_channels_is_xlas_on_a_gpu():
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((16, 24, 24, 3), (3, 3, 3, 3))]
     text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert "stablehlo.convolution" in text and "stablehlo.dot_general" not in text
+
+
+def in_steps(x):
+    """Of many ties, which have a gradient."""
+    return x + jax.lax.stop_gradient(jnp.round(x) - x)
+
+
+@pytest.mark.parametrize(
+    ("window", "padding", "activation", "dtype"),
+    [
+        ((5, 5), 2, nn.relu, jnp.float32),
+        ((5, 5), 2, nn.relu, jnp.float64),
+        ((5, 3), 0, nn.tanh, jnp.float64),
+        ((1, 3), 1, nn.gelu, jnp.float64),  # which falls and rises
+        ((3, 1), 3, in_steps, jnp.float64),
+    ],
+)
+def test_conv_pool_is_linens_layers(window, padding, activation, dtype, monkeypatch):
+    monkeypatch.setattr(conv_pool, "one_device", lambda: True)
+    with jax.enable_x64(dtype == jnp.float64):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 11 + window[0], 7 + window[1], 3)), dtype)
+        layer = conv_pool.ConvPool(4, window, padding, activation)
+
+        class Linens(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                y = nn.Conv(4, window, padding=padding, name="conv")(x)
+                return nn.max_pool(activation(y), (2, 2), (2, 2))
+
+        variables = jax.tree.map(lambda a: a.astype(dtype), layer.init(jax.random.key(0), x))
+        variables["params"]["bias"] += 0.1
+        found = with_gradients(layer, variables, x)
+        assert "custom_vjp" in str(jax.make_jaxpr(layer.apply)(variables, x))
+        output, (by_variables, by_x) = with_gradients(Linens(), {"params": {"conv": variables["params"]}}, x)
+        expected = output, ({"params": by_variables["params"]["conv"]}, by_x)
+        rtol = 1e-12 if dtype == jnp.float64 else 2e-5
+        for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            np.testing.assert_allclose(a, b, rtol, rtol * float(abs(b).max()))
+
+
+def test_conv_pool_hides_no_nan(monkeypatch):
+    monkeypatch.setattr(conv_pool, "one_device", lambda: True)
+    x = jnp.ones((16, 4, 4, 1)).at[:, 3, 0].set(-1)
+    layer = conv_pool.ConvPool(1, (1, 1), 0, jnp.sqrt)
+    y, _ = jax.vjp(layer.apply, {"params": {"kernel": jnp.ones((1, 1, 1, 1)), "bias": jnp.zeros(1)}}, x)
+    assert np.isnan(y[:, 1, 0, 0]).all() and np.isnan(y).sum() == 16
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 8, 1), (16, 9, 8, 1)])
+def test_a_conv_pool_of_few_examples_or_an_odd_size_is_plain(shape, monkeypatch):
+    monkeypatch.setattr(conv_pool, "one_device", lambda: True)
+    layer, x = conv_pool.ConvPool(2, (3, 3), 1, nn.tanh), jnp.ones(shape)
+    monkeypatch.setattr(conv_pool, "_conv_pool", None)
+    assert layer.apply(layer.init(jax.random.key(0), x), x).shape == (shape[0], 4, 4, 2)
 
 
 @pytest.mark.parametrize("channels", [(3, 8), (16, 32), (8, 300)])

@@ -1,1 +1,1 @@
-"""Model families, one a file: flax.linen and jax alone, so copy one out (with norm.py, pooling.py if it has them)."""
+"""Model families, one a file: flax.linen and jax alone, so copy one out with the files here that it imports."""

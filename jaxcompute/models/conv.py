@@ -1,4 +1,4 @@
-"""Convolutions that are fast on a CPU, for lenet.py, cnn.py and resnet.py: `nn.Conv(conv_general_dilated=conv)`."""
+"""Convolutions that are fast on a CPU: `nn.Conv(conv_general_dilated=conv)`."""
 
 import math
 from collections.abc import Sequence
@@ -56,12 +56,17 @@ def _usual(x: jax.Array, kernel: jax.Array, dimension_numbers: Any = None, **mor
     if (
         not x.size
         or kernel.ndim != 4
-        or any(kind != AxisType.Auto for a in (x, kernel) for kind in jax.typeof(a).sharding.mesh.axis_types)
+        or not automatic(x, kernel)
         or any(set(v if isinstance(v, Sequence) else [v]) != {1} for v in more.values() if v is not None)
     ):
         return False
     asked, own = (jax.lax.conv_dimension_numbers(x.shape, kernel.shape, d) for d in (dimension_numbers, CHANNELS_LAST))
     return asked == own
+
+
+def automatic(*arrays: jax.Array) -> bool:
+    """Whether XLA alone sees to their sharding: not inside `shard_map`, nor over explicit meshes."""
+    return all(kind == AxisType.Auto for a in arrays for kind in jax.typeof(a).sharding.mesh.axis_types)
 
 
 def _fits(size: int, window: int, pads: tuple[int, int]) -> bool:

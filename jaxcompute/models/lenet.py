@@ -7,15 +7,11 @@ ReLU by default, where the paper has a scaled tanh; a softmax layer in place of 
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import flax.linen as nn
 import jax
 
-from .conv import conv
-from .pooling import max_pool
-
-Conv = partial(nn.Conv, conv_general_dilated=conv)
+from .conv_pool import ConvPool
 
 
 class LeNet5(nn.Module):
@@ -27,10 +23,8 @@ class LeNet5(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """[B, 28, 28, C] floats to logits [B, classes]; shapes below are the figure's."""
-        x = self.activation(Conv(6, (5, 5), padding=2, name="C1")(x))  # [B, 28, 28, 6], as of 32x32 unpadded
-        x = max_pool(x)  # S2 [B, 14, 14, 6]
-        x = self.activation(Conv(16, (5, 5), padding=0, name="C3")(x))  # [B, 10, 10, 16]
-        x = max_pool(x)  # S4 [B, 5, 5, 16]
+        x = ConvPool(6, (5, 5), 2, self.activation, name="C1")(x)  # [B, 28, 28, 6], as of 32x32; S2 [B, 14, 14, 6]
+        x = ConvPool(16, (5, 5), 0, self.activation, name="C3")(x)  # [B, 10, 10, 16]; S4 [B, 5, 5, 16]
         x = x.reshape(x.shape[0], -1)  # [B, 400]
         x = self.activation(nn.Dense(120, name="C5")(x))  # the figure's 5x5 convolution, of a 5x5 map
         x = self.activation(nn.Dense(84, name="F6")(x))

@@ -1,4 +1,4 @@
-"""Batch norm (Ioffe and Szegedy 2015, arXiv:1502.03167) whose gradient is written by hand; for cnn.py and resnet.py."""
+"""Batch norm (Ioffe and Szegedy 2015, arXiv:1502.03167) whose gradient is written by hand."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Max pooling whose gradient is fast on a CPU; shared by lenet.py and cnn.py."""
+"""Max pooling whose gradient is fast on a CPU."""
 
 import jax
 import jax.numpy as jnp
