@@ -350,7 +350,7 @@ def slurm() -> NoReturn:
             say(f"job {number} goes on; to follow it: python {again}; to end it: scancel {number}")
             sys.exit(128 + signal.SIGINT)
     if points:
-        sys.exit(grid.finish(workdir, points, module.experiment(config).best))
+        sys.exit(grid.finish(workdir, points, module.experiment(configs.replace(config, points[0])).best))
     sys.exit(int(log.read_status(workdir).get("state") != "done") if code is None else code)
 
 

@@ -49,7 +49,7 @@ WORKS = {
     "resnet18": Work("resnet.ResNet18", {}, lambda p: p.ResNet((2, 2, 2, 2), 64, True), (32, 32, 3), 32),
     "resnet18_b256": Work("resnet.ResNet18", {}, lambda p: p.ResNet((2, 2, 2, 2), 64, True), (32, 32, 3), 256),
     "resnet50": Work(
-        "resnet.LargeResNet50", {}, lambda p: p.ResNet((3, 4, 6, 3), 64, True, True), (224, 224, 3), 256, 1000
+        "resnet.ImageNetResNet50", {}, lambda p: p.ResNet((3, 4, 6, 3), 64, True, True), (224, 224, 3), 256, 1000
     ),
     "tiny": Work("mlp.MLP", {"features": (8,)}, lambda p: p.MLP((8,)), (4, 4, 1), 8),  # for the tests
     "tiny_resnet": Work(

@@ -53,4 +53,4 @@ def experiment(config: Config) -> Experiment:
 
 def prepare(batch: Batch, key: jax.Array, train: bool) -> Batch:
     """Normalise by the training set's mean and deviation."""
-    return batch | {"image": augment.normalize(batch["image"], (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))}
+    return batch | {"image": augment.normalize(batch["image"], *augment.CIFAR10)}

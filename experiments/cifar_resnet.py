@@ -43,8 +43,7 @@ MODELS = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Run):
     depth: Annotated[Literal["20", "32", "44", "56", "110", "18"], "layers; 18 is the wide form"] = "20"
-    batch_size: Annotated[int, "examples a step, over all devices", Range(ge=1, lt=2**31)] = 64
-    epochs: Annotated[float, "passes over the training set", Range(gt=0, lt=2**32)] = 10.0
+    batch_size: int = 64
     learning_rate: Annotated[float, "at its peak", Range(ge=0)] = 0.06
     warmup_epochs: Annotated[float, "passes until the peak", Range(ge=0)] = 0.5
     momentum: Annotated[float, "of SGD, Nesterov's form", Range(ge=0, lt=1)] = 0.9
@@ -69,7 +68,7 @@ def experiment(config: Config) -> Experiment:
     steps = optim.total_steps(config, len(data.train["label"]))
     warmup = round(config.warmup_epochs * len(data.train["label"]) / config.batch_size)
     small = math.ceil(config.small_epochs * len(data.train["label"]) / config.batch_size)
-    if small and small >= steps:
+    if small >= steps:
         raise BadInput(
             f"--config.small_epochs={config.small_epochs}: {small:,} steps of the run's {steps:,} leave none for whole "
             "images; give less"
@@ -110,7 +109,7 @@ def train_step(config: Config, small: int, exp: Experiment, state: State, batch:
 
 def prepare(config: Config, batch: Batch, key: jax.Array, train: bool, size: int = 32) -> Batch:
     """Normalise by the training set's mean and deviation; in training crop, flip and shrink to the size."""
-    image = augment.normalize(batch["image"], (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    image = augment.normalize(batch["image"], *augment.CIFAR10)
     if train:
         image = augment.per_example(key, image, lambda k, x: augment_one(config, k, x))
         image = jax.image.resize(image, (len(image), size, size, 3), "linear")

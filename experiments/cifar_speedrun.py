@@ -31,13 +31,13 @@ from jaxcompute.models.conv import conv
 from jaxcompute.models.norm import BatchNorm
 from jaxcompute.models.pooling import max_pool
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+MEAN, STD = augment.CIFAR10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Run):
-    batch_size: Annotated[int, "examples a step, over all devices", Range(ge=1, lt=2**31)] = 2000
-    epochs: Annotated[float, "passes over the training set", Range(gt=0, lt=2**32)] = 9.0
+    batch_size: int = 2000
+    epochs: float = 9.0
     eval_every: Annotated[
         int, "steps between evaluations (by default at the end alone); 0: once an epoch", Range(ge=0)
     ] = 10**6

@@ -28,8 +28,8 @@ class Config(Run):
     learning_rate: Annotated[float, "of AdamW, at its peak", Range(ge=0)] = 0.003
     weight_decay: Annotated[float, "of AdamW, on kernels alone", Range(ge=0)] = 0.01
     dropout: Annotated[float, "share of hidden dense units dropped in training", Range(ge=0, lt=1)] = 0.3
-    epochs: Annotated[float, "passes over the training set", Range(gt=0, lt=2**32)] = 60.0
-    eval_every: Annotated[int, "steps between evaluations; 0: once an epoch", Range(ge=0)] = 100
+    epochs: float = 60.0
+    eval_every: int = 100
 
     def __post_init__(self) -> None:
         if len(self.features) > 3:

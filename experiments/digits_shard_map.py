@@ -16,13 +16,13 @@ import functools
 from typing import Annotated
 
 import jax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from experiments import digits_mlp
 from jaxcompute import sharding, step
 from jaxcompute.config import Range
-from jaxcompute.core import Batch, Experiment, PyTree, State, TrainStep
+from jaxcompute.core import Batch, Experiment, PyTree, State
+from jaxcompute.errors import BadInput
 from jaxcompute.metrics import Metrics
 
 
@@ -32,30 +32,28 @@ class Config(digits_mlp.Config):
 
 
 def experiment(config: Config) -> Experiment:
-    return dataclasses.replace(digits_mlp.experiment(config), train_step=data_parallel(sharding.make_mesh(config)))
+    if config.accumulate > 1:
+        raise BadInput(f"--config.accumulate={config.accumulate}: this step takes its batch whole; give 1")
+    return dataclasses.replace(digits_mlp.experiment(config), train_step=train_step)
 
 
-def data_parallel(mesh: Mesh) -> TrainStep:
+def train_step(exp: Experiment, state: State, batch: Batch) -> tuple[State, Metrics]:
     """`step.train_step` for parameters that every device holds and a batch that all of them split."""
-    axes = sharding.BATCH[0]
+    mesh, axes = sharding.make_mesh(exp.config), sharding.BATCH[0]
+    prepare_key, model_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+    batch = exp.prepare(batch, prepare_key, True)  # keyed by an example's place in the whole batch
 
-    def train_step(exp: Experiment, state: State, batch: Batch) -> tuple[State, Metrics]:
-        prepare_key, model_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        batch = exp.prepare(batch, prepare_key, True)  # keyed by an example's place in the whole batch
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), sharding.BATCH), out_specs=P(), check_vma=False)
+    def gradient(params: PyTree, rows: Batch) -> tuple[PyTree, Metrics]:
+        def loss(params: PyTree) -> tuple[jax.Array, Metrics]:
+            key = jax.random.fold_in(model_key, jax.lax.axis_index(axes))
+            outputs, _ = step.forward(exp, params, state.mutable, rows["image"], train=True, key=key)
+            return exp.loss(outputs, rows)
 
-        @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), sharding.BATCH), out_specs=P(), check_vma=False)
-        def gradient(params: PyTree, rows: Batch) -> tuple[PyTree, Metrics]:
-            def loss(params: PyTree) -> tuple[jax.Array, Metrics]:
-                key = jax.random.fold_in(model_key, jax.lax.axis_index(axes))
-                outputs, _ = step.forward(exp, params, state.mutable, rows["image"], train=True, key=key)
-                return exp.loss(outputs, rows)
+        grads, metrics = jax.grad(loss, has_aux=True)(params)
+        grads = jax.lax.pmean(grads, axes)  # an all-reduce of as many bytes as the parameters have
+        return grads, jax.lax.psum(metrics, axes)  # a few floats: sums and counts add up
 
-            grads, metrics = jax.grad(loss, has_aux=True)(params)
-            grads = jax.lax.pmean(grads, axes)  # an all-reduce of as many bytes as the parameters have
-            return grads, jax.lax.psum(metrics, axes)  # a few floats: sums and counts add up
-
-        grads, metrics = gradient(state.params, batch)
-        state, more = step.update(exp, state, grads, state.mutable)
-        return state, metrics | more
-
-    return train_step
+    grads, metrics = gradient(state.params, batch)
+    state, more = step.update(exp, state, grads, state.mutable)
+    return state, metrics | more

@@ -33,10 +33,10 @@ class Config(Run):
     learning_rate: Annotated[float, "of AdamW, at its peak", Range(ge=0)] = 0.001
     weight_decay: Annotated[float, "of AdamW, on kernels alone", Range(ge=0)] = 0.05
     dropout: Annotated[float, "share of hidden dense units dropped in training", Range(ge=0, lt=1)] = 0.3
-    batch_size: Annotated[int, "examples a step, over all devices", Range(ge=1, lt=2**31)] = 32
-    epochs: Annotated[float, "passes over the training set", Range(gt=0, lt=2**32)] = 60.0
-    log_every: Annotated[int, "steps between log lines", Range(ge=1)] = 20
-    eval_every: Annotated[int, "steps between evaluations; 0: once an epoch", Range(ge=0)] = 100
+    batch_size: int = 32
+    epochs: float = 60.0
+    log_every: int = 20
+    eval_every: int = 100
 
     def __post_init__(self) -> None:
         if self.image_size > self.decode_size:
@@ -80,7 +80,7 @@ def prepare(size: int, batch: Batch, key: jax.Array, train: bool) -> Batch:
     else:
         top, left = ((n - size) // 2 for n in image.shape[1:3])
         image = image[:, top : top + size, left : left + size]
-    return batch | {"image": augment.normalize(image, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+    return batch | {"image": augment.normalize(image, *augment.IMAGENET)}
 
 
 def crop_and_flip(size: int, key: jax.Array, image: jax.Array) -> jax.Array:

@@ -26,10 +26,10 @@ from jaxcompute.errors import BadInput
 from jaxcompute.models import resnet
 
 MODELS = {
-    "18": resnet.LargeResNet18,
-    "34": resnet.LargeResNet34,
-    "50": resnet.LargeResNet50,
-    "101": resnet.LargeResNet101,
+    "18": resnet.ImageNetResNet18,
+    "34": resnet.ImageNetResNet34,
+    "50": resnet.ImageNetResNet50,
+    "101": resnet.ImageNetResNet101,
 }
 
 
@@ -45,8 +45,8 @@ class Config(Run):
     min_area: Annotated[float, "least share of an image that a crop shows", Range(gt=0, le=1)] = 0.08
     depth: Annotated[Literal["18", "34", "50", "101"], "layers"] = "50"
     width: Annotated[int, "channels of the first stage", Range(ge=1)] = 64
-    batch_size: Annotated[int, "examples a step, over all devices", Range(ge=1, lt=2**31)] = 1024
-    epochs: Annotated[float, "passes over the training set", Range(gt=0, lt=2**32)] = 90.0
+    batch_size: int = 1024
+    epochs: float = 90.0
     learning_rate: Annotated[float, "at its peak, for a batch of 256; in proportion for another", Range(ge=0)] = 0.5
     warmup_epochs: Annotated[float, "passes until the peak", Range(ge=0)] = 5.0
     momentum: Annotated[float, "of SGD, Nesterov's form", Range(ge=0, lt=1)] = 0.9

@@ -29,12 +29,12 @@ from jaxcompute.models.mlp import MLP
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Run):
-    seed: Annotated[int, "drives initial weights, order, augmentation and dropout", Range(ge=0, lt=2**32)] = 1
+    seed: int = 1
     learning_rate: Annotated[float, "of gradient descent", Range(ge=0)] = 0.1
-    batch_size: Annotated[int, "examples a step, over all devices", Range(ge=1, lt=2**31)] = 4
+    batch_size: int = 4
     epochs: Annotated[float, "passes over the four examples", Range(gt=0, lt=2**32)] = 50_000.0
-    log_every: Annotated[int, "steps between log lines", Range(ge=1)] = 5_000
-    eval_every: Annotated[int, "steps between evaluations; 0: once an epoch", Range(ge=0)] = 10_000
+    log_every: int = 5_000
+    eval_every: int = 10_000
 
 
 def experiment(config: Config) -> Experiment:

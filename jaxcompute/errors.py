@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend."""
+"""What ends a run in one line instead of a traceback."""
 
 
 class BadInput(Exception):

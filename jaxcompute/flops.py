@@ -39,11 +39,11 @@ def _equation(equation: Any) -> float:
         given = image.size * taps * kernel.shape[features_out] / groups
         return 2.0 * min(taken, given)
     inner = [
-        count(getattr(value, "jaxpr", value))
+        count(value)
         for value in jax.tree.leaves(params, is_leaf=lambda value: isinstance(value, ClosedJaxpr | Jaxpr))
         if isinstance(value, ClosedJaxpr | Jaxpr)
     ]
     if name == "cond":
         return min(inner) if params.get("branches_platforms") else max(inner)
-    times = {"scan": lambda: params["length"], "shard_map": lambda: params["mesh"].size}.get(name, lambda: 1)()
+    times = params["length"] if name == "scan" else params["mesh"].size if name == "shard_map" else 1
     return times * sum(inner)

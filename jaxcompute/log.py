@@ -515,6 +515,7 @@ def cell(value: Any) -> str:
 
 def quantity(value: float, unit: str) -> str:
     """Three digits and a prefix: 28.8 GFLOP."""
+    value = float(f"{value:.3g}")
     power = max(0, min(5, (len(str(int(value))) - 1) // 3))
     return f"{value / 1000**power:.3g} {' kMGTP'[power].strip()}{unit}"
 

@@ -85,14 +85,12 @@ def gradient(exp: Experiment, state: State, batch: Batch, key: jax.Array) -> tup
 
     count = exp.config.accumulate
     sums = micro(0, state.mutable)
-    if count > 1:
-        # in a loop, so that one micro-batch's activations are alive at a time
-        flat = dict.fromkeys(UNROLLED, unrolled)
-        sums = jax.lax.platform_dependent(sums, **flat, default=partial(jax.lax.fori_loop, 1, count, more))
-    grads, mutable, metrics = sums
-    if count > 1:
-        grads = optax.tree.scale(1 / count, grads)
-    return grads, mutable, metrics
+    if count == 1:
+        return sums
+    # in a loop, so that one micro-batch's activations are alive at a time
+    flat, rolled = dict.fromkeys(UNROLLED, unrolled), partial(jax.lax.fori_loop, 1, count, more)
+    grads, mutable, metrics = jax.lax.platform_dependent(sums, **flat, default=rolled)
+    return optax.tree.scale(1 / count, grads), mutable, metrics
 
 
 @jax.named_scope("optimizer")

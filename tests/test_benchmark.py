@@ -94,6 +94,14 @@ def test_streamed_batches_are_measured_too(tmp_path):
     assert any(op.place == "Dense_0" for op in traced.ops)
 
 
+def test_one_device_of_a_mesh_and_any_micro_batches(monkeypatch):
+    monkeypatch.setattr(benchmark, "roofs", lambda: ROOFS)
+    monkeypatch.setattr(benchmark.jax, "devices", lambda all=benchmark.jax.devices: all()[:2])
+    exp = tiny.mlp(MLP((16,), 3), batch_size=32, accumulate=4, mesh_model=2)
+    found = benchmark.run(exp, lambda: None, lambda text: None, seconds=0.01)
+    assert [p.setting.batch_size for p in found.batches] == [8, 32, 60]  # of 61 examples
+
+
 def test_a_real_step_is_measured_over_the_grid(monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "roofs", lambda: ROOFS)
     monkeypatch.setattr(benchmark.jax, "devices", lambda all=benchmark.jax.devices: all()[:2])

@@ -100,6 +100,14 @@ def test_fit_memory_keeps_the_batch_by_accumulation(monkeypatch):
         memory.fit(exp, None, print)  # the CPU doesn't tell
 
 
+def test_devices_that_split_parameters_alone_leave_the_batch_whole(monkeypatch):
+    monkeypatch.setattr(memory, "need", lambda exp, mesh: exp.config.batch_size // exp.config.accumulate)
+    monkeypatch.setattr(step, "UNROLLED", ())
+    exp = wide(batch_size=6, mesh_data=2, mesh_model=2)
+    assert memory.fit(exp, 2, lambda text: None).config.accumulate == 3
+    assert memory.largest_batch(exp, sharding.make_mesh(exp.config), 5) == 4
+
+
 def test_memory_spent_as_it_runs_is_the_same_line(tmp_path):
     def greedy(outputs, batch):
         scalar, counted = losses.cross_entropy()(outputs, batch)

@@ -225,6 +225,26 @@ def test_replace_reads_what_text_writes():
         config.replace(Config(), {"lr": "1"})
 
 
+def test_a_field_given_anew_keeps_its_meaning_and_its_bounds():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Longer(Config):
+        epochs: float = 20.0
+        dropout: Annotated[float, "another share"] = 2.0
+
+    base, own = config.fields(Config), config.fields(Longer)
+    assert own["epochs"] == base["epochs"]._replace(default=20.0)
+    assert (own["dropout"].kind, own["dropout"].meaning) == (float, "another share")
+    with pytest.raises(BadInput, match="above 0"):
+        config.replace(Longer(), {"epochs": "0"})
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Other(Config):
+        epochs: int = 20
+
+    with pytest.raises(BadInput, match="say what it is"):
+        config.fields(Other)
+
+
 @pytest.mark.parametrize(
     ("hint", "default", "message"),
     [

@@ -178,6 +178,20 @@ FAULTS = {
         "warn",
         ["1 GB are free", "1 other process", "nvidia-smi"],
     ),
+    "others, and less than the share free": (
+        planted(
+            driver=gpu(memory_free=int(0.9 * gpu().gpus[0].memory)), environment={"XLA_CLIENT_MEM_FRACTION": ".95"}
+        ),
+        "GPU memory",
+        "warn",
+        ["JAX takes 95%", "are free"],
+    ),
+    "no share": (
+        planted(environment={"XLA_PYTHON_CLIENT_MEM_FRACTION": "90%"}),
+        "GPU memory",
+        "fail",
+        ["'90%' is no share", "unset XLA_CLIENT_MEM_FRACTION"],
+    ),
     "slow allocator": (
         planted(environment={"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}),
         "GPU memory",

@@ -51,7 +51,7 @@ def test_models_against_a_count_by_hand(model, image, forward, first):
 
 
 def test_resnet50_is_24_6_gflop_an_image():
-    assert of_training(resnet.LargeResNet50(), 224, 224, 3) == pytest.approx(24.6, rel=0.02)
+    assert of_training(resnet.ImageNetResNet50(), 224, 224, 3) == pytest.approx(24.6, rel=0.02)
 
 
 def test_a_grouped_convolution_its_gradients_count_thrice():

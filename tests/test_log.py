@@ -255,6 +255,12 @@ def test_a_screen_that_is_gone_ends_no_run():
         show(3, {"train/loss": 0.5}, 1.0)
 
 
+def test_quantities_have_three_digits_and_a_prefix():
+    given = (0, 7, 999, 1234, 999_999, 9.996e11, 2e16)
+    told = [log.quantity(value, "B") for value in given]
+    assert told == ["0 B", "7 B", "999 B", "1.23 kB", "1 MB", "1 TB", "20 PB"]
+
+
 def test_table():
     text = log.table([("a", 1234, 0.5, None), ("long", 5, 1e-7, 2)], ("name", "n", "x", "best"))
     assert text == ("name      n      x  best\n----  -----  -----  ----\na     1,234    0.5\nlong      5  1e-07     2")

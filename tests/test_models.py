@@ -506,7 +506,7 @@ def test_batch_norm_refuses_a_forward_mode_derivative():
 
 @pytest.mark.parametrize("depth, count", [(18, 11_689_512), (34, 21_797_672), (50, 25_557_032), (101, 44_549_160)])
 def test_the_imagenet_family_has_the_published_sizes(depth, count):
-    model = getattr(resnet, f"LargeResNet{depth}")()
+    model = getattr(resnet, f"ImageNetResNet{depth}")()
     image = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == count

@@ -199,6 +199,15 @@ def test_a_rule_that_does_not_fit_is_named(rule, named):
         compiled(rule and sharding.by_pattern(rule), mesh_data=2, mesh_model=2)
 
 
+def test_the_written_out_step_runs_on_another_mesh_and_refuses_micro_batches():
+    exp = digits_shard_map.experiment(digits_shard_map.Config(features=(16,), batch_size=32))
+    exp = dataclasses.replace(exp, config=dataclasses.replace(exp.config, mesh_data=1))
+    mesh = sharding.make_mesh(exp.config)
+    trained(train.compile(train.resolve(dataclasses.replace(exp, steps=1), mesh), mesh))
+    with pytest.raises(BadInput, match=r"accumulate=4: .* give 1"):
+        digits_shard_map.experiment(digits_shard_map.Config(accumulate=4))
+
+
 def test_the_step_with_its_collectives_written_out_equals_the_one_without():
     fields = {"features": (16,), "dropout": 0.0, "batch_size": 32, "steps": 4}
     written = digits_shard_map.experiment(digits_shard_map.Config(**fields))

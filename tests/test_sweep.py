@@ -26,6 +26,10 @@ class Config:
     widths: Annotated[tuple[int, ...], "of the layers"] = (8,)
     name: Annotated[str, "free text"] = "a"
 
+    def __post_init__(self):
+        if self.seed > 100 * self.lr:
+            raise BadInput("seed: too large for lr")
+
 
 # A run as the sweep sees it: flags in, status.json and metrics.jsonl out, and a stop that is saved.
 LAUNCH = """
@@ -77,6 +81,7 @@ def test_points_are_a_product():
         {"lr": "0.01", "widths": "8,16"},
         {"lr": "0.01", "widths": "4"},
     ]
+    assert len(grid.points(Config(), ["seed=20,30", "lr=0.3,0.4"])) == 4  # though not of the lr that the config has
 
 
 @pytest.mark.parametrize(
@@ -90,6 +95,7 @@ def test_points_are_a_product():
         (["lr=0.1,0.10"], "a value stands twice"),
         (["seed=1", "seed=2"], "seed is swept twice"),
         (["name=a b,a*b"], "share a directory"),
+        (["seed=10,11"], "seed: too large for lr"),
     ],
 )
 def test_a_wrong_sweep(sweeps: list[str], message: str):

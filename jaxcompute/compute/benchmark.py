@@ -14,7 +14,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -101,6 +101,7 @@ def placed(exp: Experiment, setting: Setting) -> Experiment:
         precision="bfloat16" if setting.precision == "bfloat16" else "float32",
         mesh_data=setting.devices,
         mesh_fsdp=1,
+        mesh_model=1,
         steps_per_call=setting.steps_per_call,
     )
     exp = dataclasses.replace(exp, config=config)
@@ -110,12 +111,10 @@ def placed(exp: Experiment, setting: Setting) -> Experiment:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def arithmetic(precision: Precision) -> Iterator[None]:
+def arithmetic(precision: Precision) -> contextlib.AbstractContextManager[None]:
     """XLA takes TF32 for float32 unless told otherwise."""
     exact = {"float32": "highest", "tensorfloat32": "tensorfloat32", "bfloat16": None}[precision]
-    with jax.default_matmul_precision(exact) if exact else contextlib.nullcontext():
-        yield
+    return jax.default_matmul_precision(exact) if exact else contextlib.nullcontext()
 
 
 def measure(
@@ -126,10 +125,10 @@ def measure(
     Args:
         joules: a meter of the devices' energy.
     """
-    with arithmetic(setting.precision):
+    with arithmetic(setting.precision), contextlib.ExitStack() as held:
         exp = placed(exp, setting)
         mesh = sharding.make_mesh(exp.config)
-        program = train.compile(train.resolve(exp, mesh), mesh)
+        program = held.enter_context(contextlib.closing(train.compile(train.resolve(exp, mesh), mesh)))
         exp = program.exp
         if not setting.jit:
             return _serial(program, setting, roofs, seconds)
@@ -163,7 +162,8 @@ def measure(
         second = statistics.median(times)
         waited = statistics.median(reading[1] for reading in readings)
         prepare = jax.jit(lambda feed, at: exp.prepare(exp.train.batch(feed, at), jax.random.key(0), True))
-        preparing = _median(lambda: prepare(program.feed(0), jnp.int32(0)), seconds / 4)
+        feed = program.feed(0)
+        preparing = _median(lambda: prepare(feed, jnp.int32(0)), seconds / 4)
         after = _peak(mesh)
         moved = _cost(program.compiled(count), "bytes accessed")  # a loop's body counts once
         return Point(
@@ -300,14 +300,15 @@ def run(
     free = memory.limit(sharding.make_mesh(placed(exp, Setting(fastest, batch)).config))
     sizes = [max(1, batch // 4), batch, 4 * batch] if free is None else [batch * 2**i // 4 for i in range(12)]
     unit = exp.config.accumulate
-    for size in dict.fromkeys(max(unit, size // unit * unit) for size in sizes):
+    most = exp.train.size // unit * unit
+    for size in dict.fromkeys(max(unit, min(size // unit * unit, most)) for size in sizes):
         try:
-            batches.append(point(Setting(fastest, min(size, exp.train.size), 1)))
+            batches.append(point(Setting(fastest, size)))
         except jax.errors.JaxRuntimeError as error:
             if not train.is_out_of_memory(error):
                 raise
             break
-        if size >= exp.train.size or (free and (batches[-1].predicted or 0) * 2 > free):
+        if free and (batches[-1].predicted or 0) * 2 > free:
             break
     ladder = [point(setting) for setting in ladder]
     strong, weak = [], []

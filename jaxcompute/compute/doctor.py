@@ -42,6 +42,7 @@ VARIABLES = (
     "JAX_ENABLE_CHECKS",
     "LD_LIBRARY_PATH",
     "TF_FORCE_GPU_ALLOW_GROWTH",
+    "XLA_CLIENT_MEM_FRACTION",
     "XLA_FLAGS",
     "XLA_PYTHON_CLIENT_ALLOCATOR",
     "XLA_PYTHON_CLIENT_MEM_FRACTION",
@@ -246,7 +247,12 @@ def check_memory(facts: Facts) -> Check:
     environment = facts.environment
     gpu = facts.driver.gpus[0]
     others = sum(gpu.others for gpu in facts.driver.gpus)
-    share = float(environment.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the older
+    given = next(filter(None, map(environment.get, names)), "0.75")
+    try:
+        share = float(given)
+    except ValueError:
+        return Check("GPU memory", "fail", f"{given!r} is no share of the memory", f"unset {' '.join(names)}")
     ahead = environment.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() not in ("false", "0")
     seen = f"{quantity(gpu.memory, 'B')}, of which JAX takes {share:.0%} " + (
         "at its start" if ahead else "as it needs it"
@@ -352,9 +358,13 @@ def check_host(facts: Facts) -> Check:
     return Check("host", "pass", seen)
 
 
+def _unmeasured(name: str) -> Check:
+    return Check(name, "fail", "not measured: jax did not start", "mend the rows above")
+
+
 def check_matmul(facts: Facts) -> Check:
     if not facts.ceilings:
-        return Check("matmul", "fail", "not measured: jax did not start", "mend the rows above")
+        return _unmeasured("matmul")
     chip = peaks.chip(facts.devices[0])
     parts, low = [], False
     for name in ("float32", "tensorfloat32", "bfloat16"):
@@ -369,7 +379,7 @@ def check_matmul(facts: Facts) -> Check:
 
 def check_convolution(facts: Facts) -> Check:
     if not facts.ceilings:
-        return Check("convolution", "fail", "not measured: jax did not start", "mend the rows above")
+        return _unmeasured("convolution")
     kind = "bfloat16" if facts.platform == "gpu" else "float32"
     return _measured(
         "convolution", f"3x3, 64 channels, {kind}: {_rate(facts.ceilings.convolution, 'FLOP/s', None)}", False
@@ -378,7 +388,7 @@ def check_convolution(facts: Facts) -> Check:
 
 def check_bandwidth(facts: Facts) -> Check:
     if not facts.ceilings:
-        return Check("memory", "fail", "not measured: jax did not start", "mend the rows above")
+        return _unmeasured("memory")
     chip = peaks.chip(facts.devices[0])
     rate, peak = facts.ceilings.bandwidth, chip and chip.bandwidth
     return _measured("memory", f"{_rate(rate, 'B/s', peak)} read and written", peak is not None and rate < 0.5 * peak)
@@ -386,7 +396,7 @@ def check_bandwidth(facts: Facts) -> Check:
 
 def check_transfer(facts: Facts) -> Check:
     if not facts.ceilings:
-        return Check("host to device", "fail", "not measured: jax did not start", "mend the rows above")
+        return _unmeasured("host to device")
     rate = facts.ceilings.host_to_device
     if facts.platform == "gpu" and rate < 2e9:
         mend = "see nvidia-smi -q -d PCIE for the link's width; on many sockets numactl --cpunodebind"

@@ -49,7 +49,7 @@ def largest_batch(exp: Experiment, mesh: jax.sharding.Mesh, free: int, known: in
         known: what the experiment as it is needs, where that is known.
     """
     accumulate, batch = exp.config.accumulate, exp.config.batch_size
-    unit = mesh.size * accumulate
+    unit = sharding.rows(mesh) * accumulate
 
     def needed(units: int) -> int:
         whole = known if units * unit == batch else None
@@ -100,7 +100,7 @@ def fit(exp: Experiment, free: int | None, say: Callable[[str], None]) -> Experi
     if free is None:
         raise BadInput("--fit_memory: this device doesn't tell how much memory it has; give --memory_limit=BYTES")
     batch, before = exp.config.batch_size, exp.config.accumulate
-    share = batch // mesh.size
+    share = batch // sharding.rows(mesh)
     counts = [n for n in range(before, share + 1) if share % n == 0]
     last = need(exp, mesh)
     if last <= free:

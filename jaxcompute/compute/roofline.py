@@ -70,7 +70,7 @@ def run(profile: Profile, most: int = 10, seconds: float = 3.0) -> Roofline:
 
 
 def place(profile: Profile, precision: str, peak: float, bandwidth: float, most: int = 10) -> Roofline:
-    ops = [op for op in profile.ops if op.bytes][:most]
+    ops = [op for op in profile.ops if op.bytes and op.ms][:most]
     moved = sum(op.bytes for op in profile.ops)
     return Roofline(
         experiment=profile.experiment,

@@ -430,9 +430,9 @@ def _prepare(name: str, root: Path, parsed: tuple[dict[str, Arrays], dict[str, l
     splits, names = parsed
 
     def examples(split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        image, *labels = splits[split]
-        for i, pixels in enumerate(splits[split][image]):
-            example = {label: int(splits[split][label][i]) for label in labels} | {"image": Image.fromarray(pixels)}
+        for i, pixels in enumerate(splits[split]["image"]):
+            labels = {key: int(values[i]) for key, values in splits[split].items() if key != "image"}
+            example = labels | {"image": Image.fromarray(pixels)}
             yield i, example | ({"id": f"{split}_{i:05d}"} if "cifar" in name else {})
 
     def split_generators(builder: Any, _: Any) -> dict[str, Any]:

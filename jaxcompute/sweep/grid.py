@@ -43,11 +43,13 @@ def points(config: Any, sweeps: Sequence[str]) -> list[Point]:
         is_tuple = isinstance(getattr(config, field, None), tuple)
         axes[field] = []
         for value in values.split(","):
-            point = configs.replace(config, {field: value.replace("/", ",") if is_tuple else value})
-            axes[field].append(configs.text(getattr(point, field)))  # 0.1 and 0.10 are one
+            read = configs.value(type(config), field, value.replace("/", ",") if is_tuple else value)
+            axes[field].append(configs.text(read))  # 0.1 and 0.10 are one
         if len(set(axes[field])) < len(axes[field]):
             raise BadInput(f"--sweep={sweep}: a value stands twice")
     found = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    for point in found:
+        configs.replace(config, point)  # what fields ask of one another
     if len({name(point) for point in found}) < len(found):
         raise BadInput("two points of the sweep would share a directory; sweep them apart")
     return found
@@ -124,12 +126,12 @@ def run(workdir: Path, command: Sequence[str], points: Sequence[Point], best: tu
                 overrides = [f"--config.{field}={value}" for field, value in point.items()]
                 start([*command, f"--workdir={child}", *overrides]).wait()
                 _leave_table(workdir, points, best)
-            if stopped():
+            if stopped:
                 break
-    if stopped() and missing(workdir, points):
+    if stopped and missing(workdir, points):
         print(_leave_table(workdir, points, best), flush=True)
-        print(f"stopped by {stopped()[0].name}; the same command with --workdir={workdir} goes on", file=sys.stderr)
-        return 128 + stopped()[0]
+        print(f"stopped by {stopped[0].name}; the same command with --workdir={workdir} goes on", file=sys.stderr)
+        return 128 + stopped[0]
     return finish(workdir, points, best)
 
 
@@ -148,7 +150,7 @@ def finish(workdir: Path, points: Sequence[Point], best: tuple[str, Literal["max
 
 
 @contextlib.contextmanager
-def _forwarding() -> Iterator[tuple[Callable[[Sequence[str]], subprocess.Popen], Callable[[], list[signal.Signals]]]]:
+def _forwarding() -> Iterator[tuple[Callable[[Sequence[str]], subprocess.Popen], list[signal.Signals]]]:
     """Start children that get our signals once each: in a session of their own, the terminal's Ctrl-C skips them."""
     child: list[subprocess.Popen] = []
     got: list[signal.Signals] = []
@@ -165,7 +167,7 @@ def _forwarding() -> Iterator[tuple[Callable[[Sequence[str]], subprocess.Popen],
         return child[0]
 
     with stops.handled(forward):
-        yield start, lambda: got
+        yield start, got
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
