@@ -481,6 +481,7 @@ def fingerprint(program: Program) -> dict[str, str]:
     model = re.sub(r" at 0x[0-9a-f]+|# attributes", "", str(program.exp.model))
     return {
         "data": program.exp.train.identity(),
+        "eval": program.exp.eval.identity(),
         "model": " ".join(model.split()),
         "step": hashlib.sha256(program.text().encode()).hexdigest()[:16],
     }
@@ -495,7 +496,8 @@ def changed(workdir: Path, program: Program, run: Mapping[str, str]) -> list[str
     if saved is None or "fingerprint" not in saved:
         return []
     old = saved["fingerprint"]
-    found = [f"its {name} was {old[name]} and is {run[name]}" for name in ("data", "model") if old[name] != run[name]]
+    named = [name for name in ("data", "eval", "model") if old.get(name, run[name]) != run[name]]
+    found = [f"its {name} was {old[name]} and is {run[name]}" for name in named]
     alike = {"config": _plain(program.exp.config), **_devices(program.mesh), "versions": log.versions()}
     if not found and old["step"] != run["step"] and alike == {name: saved.get(name) for name in alike}:
         what = "model, loss, optimizer, augmentation or schedule was changed in the code"

@@ -144,6 +144,7 @@ def test_other_code_or_data_under_the_same_config_are_refused_by_name(tmp_path):
         r"its data was 61 examples, \w+ and is 61 examples, \w+: ": {
             "train": memory.shuffled(tiny.arrays(61) | {"label": tiny.arrays(61)["label"][::-1]}, 8, 0)
         },
+        r"its eval was 23 examples, \w+ and is 22 examples, \w+: ": {"eval": memory.in_order(tiny.arrays(22), 8)},
         r"its model was MLP\( .*dropout = 0\.1.* and is MLP\( .*dropout = 0\.2": {"model": MLP((16,), 3, dropout=0.2)},
         "its step computes otherwise .*optimizer": {"optimizer": slower},
         "its step computes otherwise": {"prepare": lambda batch, key, train: tiny.prepare(batch, key, False)},
