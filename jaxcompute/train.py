@@ -490,7 +490,8 @@ def fingerprint(program: Program) -> dict[str, str]:
 def changed(workdir: Path, program: Program, run: Mapping[str, str]) -> list[str]:
     """What differs from the run that a work directory holds, though its config may not, old and new.
 
-    The step is compared where config, devices and versions are the same: each of them may change its text rightly.
+    The step is compared where config, devices and versions are the same: each of them may change its text rightly, and
+    `leave_config` says so.
     """
     saved = log.read_config(workdir)
     if saved is None or "fingerprint" not in saved:
@@ -498,25 +499,36 @@ def changed(workdir: Path, program: Program, run: Mapping[str, str]) -> list[str
     old = saved["fingerprint"]
     named = [name for name in ("data", "eval", "model") if old.get(name, run[name]) != run[name]]
     found = [f"its {name} was {old[name]} and is {run[name]}" for name in named]
-    alike = {"config": _plain(program.exp.config), **_devices(program.mesh), "versions": log.versions()}
+    alike = {"config": _plain(program.exp.config), **_around(program.mesh)}
     if not found and old["step"] != run["step"] and alike == {name: saved.get(name) for name in alike}:
         what = "model, loss, optimizer, augmentation or schedule was changed in the code"
         found.append(f"its step computes otherwise (was {old['step']}, is {run['step']}): {what}")
     return found
 
 
-def leave_config(workdir: Path, exp: Experiment, mesh: jax.sharding.Mesh, run: Mapping[str, str], anew: bool) -> None:
-    """config.json of a new run, or of one that goes on with changes."""
-    saved = log.read_config(workdir)
-    if saved is None or anew or saved["config"] != _plain(exp.config):
-        facts = {"experiment": name_of(exp), **_devices(mesh), "fingerprint": run}
-        # as durable as the checkpoints, which are nothing without it; `Saver` syncs the folder
-        log.write_json(workdir / "config.json", log.describe(_plain(exp.config), **facts), sync=True)
+def leave_config(
+    workdir: Path, exp: Experiment, mesh: jax.sharding.Mesh, run: Mapping[str, str], say: Callable[[str], None]
+) -> None:
+    """config.json of a new run, or of one that goes on with changes; those of devices and packages are told."""
+    saved, config, around = log.read_config(workdir), _plain(exp.config), _around(mesh)
+    facts = {"experiment": name_of(exp), **around, "fingerprint": run}
+    if saved is not None and saved | {"config": config, **facts} == saved:
+        return
+    # as durable as the checkpoints, which are nothing without it; `Saver` syncs the folder
+    log.write_json(workdir / "config.json", log.describe(config, **facts), sync=True)
+    old, new = ({**found, **found.get("versions", {})} for found in (saved or around, around))
+    if differ := [f"{k} was {old.get(k)} and is {new[k]}" for k in new if k != "versions" and old.get(k) != new[k]]:
+        say(f"{', '.join(differ)}: the bits may differ from here on, and a change of the step's code is not told now")
 
 
-def _devices(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def _around(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     device = mesh.devices.flat[0]
-    return {"device": device.device_kind, "platform": device.platform, "devices": mesh.size}
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "devices": mesh.size,
+        "versions": log.versions(),
+    }
 
 
 def name_of(exp: Experiment) -> str:
@@ -581,7 +593,7 @@ def loop(
         with distributed.together():
             announce(program, at, instruments, say)
     if home:
-        leave_config(home, exp, mesh, run, bool(changes))  # not before it and its checkpoints are known to fit
+        leave_config(home, exp, mesh, run, say)  # not before it and its checkpoints are known to fit
     if at >= exp.steps and not owed:
         say(f"already at step {at:,} of {exp.steps:,}: nothing to do")
         return state

@@ -163,6 +163,26 @@ def test_other_code_or_data_under_the_same_config_are_refused_by_name(tmp_path):
         fit(exp, tmp_path)
 
 
+def test_other_devices_or_packages_are_told_and_the_code_is_compared_again_from_then_on(tmp_path):
+    exp, said = tiny.mlp(**on(1)), []
+    fit(exp, tmp_path)
+    before, file = log.read_config(tmp_path), tmp_path / "config.json"
+    left = before["fingerprint"] | {"step": "another"}
+    del left["eval"]  # by an older version, which had none
+    changes = {"devices": 7, "versions": before["versions"] | {"numpy": "0.1"}, "fingerprint": left}
+    file.write_text(json.dumps(before | changes))
+    train.fit(exp, tmp_path, say=said.append)
+    (line,) = [line for line in said if "the bits may differ" in line]
+    assert line.startswith(f"devices was 7 and is 1, numpy was 0.1 and is {np.__version__}: ")
+    after = log.read_config(tmp_path)
+    assert after | {"time": before["time"], "git": before["git"]} == before
+    train.fit(exp, tmp_path, say=said.append)
+    assert log.read_config(tmp_path) == after and sum("the bits may differ" in line for line in said) == 1
+    slower = optim.sgd(optim.warmup_cosine(0.01, exp.steps, 2), weight_decay=1e-4)
+    with pytest.raises(BadInput, match="its step computes otherwise"):
+        fit(dataclasses.replace(exp, optimizer=slower), tmp_path)
+
+
 def test_the_step_is_traced_once(tmp_path):
     traces = []
 
