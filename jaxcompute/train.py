@@ -131,10 +131,9 @@ def resolve(exp: Experiment, mesh: jax.sharding.Mesh) -> Experiment:
         raise BadInput(
             f"--config.log_every={config.log_every}: of --config.batch_size={config.batch_size} take {most:,} at most"
         )
-    for name, source in {"train": exp.train, "eval": exp.eval}.items() if exp.classes else ():
-        label = source.feed(0).get("label") if source.resident else None
-        if label is not None and label.dtype.kind in "iu" and label.max() >= len(exp.classes):
-            raise BadInput(f"{name}: a label is {label.max()} and there are {len(exp.classes)} classes; count from 0")
+    for name, source in {"train": exp.train, "eval": exp.eval}.items():
+        if source.resident:
+            check_labels(name, source.feed(0), len(exp.classes))
     if config.precision == "auto":
         config = dataclasses.replace(config, precision="float32" if cpu else "bfloat16")
     if config.precision == "float64" and not jax.config.read("jax_enable_x64"):
@@ -150,6 +149,15 @@ def resolve(exp: Experiment, mesh: jax.sharding.Mesh) -> Experiment:
         raise BadInput(f"--config.steps_per_call={config.steps_per_call}: a streamed batch is one step's; give 1")
     rows = -(-exp.eval.batch_size // sharding.rows(mesh)) * sharding.rows(mesh)
     return dataclasses.replace(exp, config=config, eval=exp.eval.with_batch_size(rows))
+
+
+def check_labels(where: str, rows: Mapping[str, np.ndarray], classes: int) -> None:
+    """Raises BadInput where a label is no class; a negative one would be taken for one counted from the end."""
+    label = rows.get("label")
+    if classes and label is not None and label.dtype.kind in "iu":
+        wrong = label[(label < 0) | (label >= classes)]
+        if wrong.size:
+            raise BadInput(f"{where}: a label is {wrong[0]} and there are {classes} classes; count from 0")
 
 
 def broken_bfloat16(platform: str) -> bool:
@@ -187,7 +195,8 @@ def compile(exp: Experiment, mesh: jax.sharding.Mesh) -> Program:
     def eval_one(state: State, sums: Metrics, feed: Batch, at: jax.Array) -> Metrics:
         return metrics.add(sums, measure(state, feed, at))
 
-    feed, eval_feed = Feeder(mesh, exp.train, exp.steps), Feeder(mesh, exp.eval, exp.eval.steps)
+    feed = Feeder(mesh, exp.train, exp.steps, "train", len(exp.classes))
+    eval_feed = Feeder(mesh, exp.eval, exp.eval.steps, "eval", len(exp.classes))
     fed, eval_fed = feed.like, eval_feed.like
     plain = jax.eval_shape(init, fed)
     placed = sharding.shardings(mesh, exp.rule, plain)
@@ -264,8 +273,8 @@ def compile(exp: Experiment, mesh: jax.sharding.Mesh) -> Program:
 class Feeder:
     """By step, a source's arrays on the devices: placed once where they are resident, else by a thread, ahead of it."""
 
-    def __init__(self, mesh: jax.sharding.Mesh, source: Source, steps: int):
-        self.source, self.steps = source, steps
+    def __init__(self, mesh: jax.sharding.Mesh, source: Source, steps: int, name: str = "", classes: int = 0):
+        self.source, self.steps, self.name, self.classes = source, steps, name, classes
         self.split = jax.sharding.NamedSharding(mesh, sharding.BATCH)
         self.resident = sharding.put(mesh, sharding.WHOLE, source.feed(0)) if source.resident else None
         self.like: Any = self.resident or {  # what a call is traced with
@@ -289,6 +298,7 @@ class Feeder:
     def _put(self, at: int) -> Batch:
         rows = self.source.feed(at, jax.process_index(), jax.process_count())
         self._alike(at, rows)
+        check_labels(f"{self.name}: step {at}", rows, self.classes)
         return {name: jax.make_array_from_process_local_data(self.split, array) for name, array in rows.items()}
 
     def _alike(self, at: int, rows: dict[str, np.ndarray]) -> None:

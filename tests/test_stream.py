@@ -292,6 +292,7 @@ def streamed(records: sources.Files, workers: stream.Workers, **fields):
         train=stream.shuffled(records, exp.config.batch_size, exp.config.seed, stream.whole(24), workers),
         eval=stream.in_order(records, 5, stream.centre(16, 18), workers),
         prepare=prepare,
+        classes=(),  # of `prepare`, not of the records
     )
 
 
@@ -325,6 +326,19 @@ def test_damage_in_the_middle_of_a_run_is_told_and_the_run_has_failed(pictures, 
     with pytest.raises(BadInput, match=r"gone\.png cannot be read"):
         train.fit(exp, tmp_path / "run", say=lambda text: None)
     assert log.read_status(tmp_path / "run")["state"] == "failed"
+
+
+@pytest.mark.parametrize(("split", "shift", "wrong"), [("train", -1, -1), ("train", 1, 13), ("eval", -1, -1)])
+def test_a_label_out_of_range_is_told_at_the_step_that_meets_it(split, shift, wrong, pictures, workers):
+    spoiled = streamed(dataclasses.replace(pictures, label=pictures.label + np.int32(shift)), workers)
+    exp = dataclasses.replace(streamed(pictures, workers), classes=tuple("abcdefghijklm"))
+    exp = dataclasses.replace(exp, **{split: getattr(spoiled, split)})
+    at = 0  # the first of the evaluation's is example 0
+    if split == "train":
+        spoilt = 0 if shift < 0 else 12
+        at = next(step for step in range(4) if spoilt in order.indices(exp.config.seed, step, 4, 13, np))
+    with pytest.raises(BadInput, match=f"^{split}: step {at}: a label is {wrong} and there are 13 classes; count"):
+        train.fit(exp, say=lambda text: None)
 
 
 def test_steps_in_one_call_are_refused(pictures, workers):
