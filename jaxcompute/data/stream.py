@@ -183,10 +183,13 @@ def work() -> None:
             answer, pixels = _decode(Fit(*fit), addresses)
         except BadInput as error:
             answer, pixels = {"error": str(error)}, None
-        answers.write(json.dumps(answer).encode() + b"\n")
-        if pixels is not None:
-            answers.write(pixels.data)
-        answers.flush()
+        try:
+            answers.write(json.dumps(answer).encode() + b"\n")
+            if pixels is not None:
+                answers.write(pixels.data)
+            answers.flush()
+        except BrokenPipeError:  # whoever asked was killed meanwhile
+            os._exit(0)
 
 
 def _decode(fit: Fit, addresses: list[list[Any]]) -> tuple[dict[str, Any], np.ndarray]:
