@@ -592,8 +592,8 @@ def loop(
             refuse_to_lose(workdir)
     at, state, sums = restart(program, workdir, found, say)
     owed = evaluation_owed(workdir, at)
-    run = fingerprint(program) if workdir else {}
     with distributed.together():
+        run = fingerprint(program) if workdir else {}
         changes = changed(workdir, program, run) if workdir else []
         if changes and not allow_changes:
             mend = "--allow_changes goes on with it, or take another --workdir"

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -321,11 +322,23 @@ def test_a_run_that_goes_on_has_the_bits_of_the_unbroken_one(pictures, workers, 
 
 
 def test_damage_in_the_middle_of_a_run_is_told_and_the_run_has_failed(pictures, workers, tmp_path):
-    gone = dataclasses.replace(pictures, paths=[*pictures.paths[:-1], str(tmp_path / "gone.png")])
-    exp = dataclasses.replace(streamed(pictures, workers), eval=streamed(gone, workers).eval)
-    with pytest.raises(BadInput, match=r"gone\.png cannot be read"):
+    spoilt = dataclasses.replace(pictures, paths=[*pictures.paths[:-1], str(tmp_path / "spoilt.png")])
+    exp = dataclasses.replace(streamed(pictures, workers), eval=streamed(spoilt, workers).eval)
+    with pytest.raises(BadInput, match=r"spoilt\.png cannot be read: No such file.*; mend"):
+        train.fit(exp, tmp_path / "run", say=lambda text: None)
+    assert not (tmp_path / "run").exists()  # told before it begins
+    (tmp_path / "spoilt.png").touch()
+    with pytest.raises(BadInput, match=r"spoilt\.png cannot be read as one image"):
         train.fit(exp, tmp_path / "run", say=lambda text: None)
     assert log.read_status(tmp_path / "run")["state"] == "failed"
+
+
+def test_a_picture_replaced_under_its_name_makes_another_set(pictures, tmp_path):
+    shutil.copytree(Path(pictures.paths[0]).parents[1], tmp_path / "copy")
+    copy = sources.files(tmp_path / "copy", tmp_path / "copy")[0]
+    assert copy.identity() == pictures.identity()
+    Image.new("RGB", (99, 99)).save(copy.paths[5])
+    assert copy.identity() != pictures.identity()
 
 
 @pytest.mark.parametrize(("split", "shift", "wrong"), [("train", -1, -1), ("train", 1, 13), ("eval", -1, -1)])
@@ -495,7 +508,11 @@ def test_a_prepared_set_that_cannot_be_read_by_index_is_told(archives, tmp_path,
     (record,) = Path(splits["train"].folder).glob("*validation.array_record*")
     data = bytearray(record.read_bytes())
     data[len(data) // 2] ^= 1
+    was = source.identity()
+    record.write_bytes(data + b"more")
+    assert source.identity() != was
     record.write_bytes(data)
+    assert source.identity() == was  # by size alone
     with pytest.raises(BadInput, match=r"5\.1\.0: example [01] of validation is damaged: .*; move the folder away"):
         for step in range(source.steps):
             source.feed(step)

@@ -495,7 +495,9 @@ class Split:
         return self.size
 
     def identity(self) -> str:
-        return f"{self.size:,} examples, {self.name} of {'/'.join(Path(self.folder).parts[-3:])}"
+        """The number of examples, the size of their files, which are not read, and the split's name."""
+        size = sum(file.stat().st_size for file in Path(self.folder).glob(f"*-{self.name}.array_record*"))
+        return f"{self.size:,} examples of {size:,} bytes, {self.name} of {'/'.join(Path(self.folder).parts[-3:])}"
 
     def address(self, i: int) -> list[Any]:
         return [self.folder, self.name, i]
@@ -736,9 +738,16 @@ class Files:
         return len(self.paths)
 
     def identity(self) -> str:
-        """The number of examples and a checksum of their names and labels; what is in the files is not read."""
-        names = "\n".join(path.rsplit(os.sep, 1)[-1] for path in self.paths)
-        return f"{len(self.paths):,} examples, {zlib.crc32(self.label.data, zlib.crc32(names.encode())):08x}"
+        """The number of examples and a checksum of their names, sizes and labels; no file is read.
+
+        Raises:
+            BadInput: a file that is not there.
+        """
+        try:
+            listing = "\n".join(f"{os.path.basename(path)} {os.path.getsize(path)}" for path in self.paths)
+        except OSError as error:
+            raise BadInput(f"{error.filename} cannot be read: {error.strerror}; mend or remove it") from None
+        return f"{len(self.paths):,} examples, {zlib.crc32(self.label.data, zlib.crc32(os.fsencode(listing))):08x}"
 
     def address(self, i: int) -> list[Any]:
         return [self.paths[i], int(self.label[i])]
