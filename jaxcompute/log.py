@@ -44,8 +44,10 @@ def lock(workdir: Path) -> Iterator[None]:
     file = workdir / ".lock"
     try:
         str(workdir.absolute()).encode()  # the library that writes checkpoints takes no other names
-        made = not workdir.exists()
+        made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
         workdir.mkdir(parents=True, exist_ok=True)
+        for folder in made:
+            _sync(folder.parent)  # a power cut would take the checkpoints with it
         while True:
             held = file.open("a+", encoding="utf-8")  # not inherited by what the run starts
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,6 +74,15 @@ def lock(workdir: Path) -> Iterator[None]:
             if made:
                 with contextlib.suppress(OSError):  # not empty, unless the run was refused
                     workdir.rmdir()
+
+
+def _sync(folder: Path) -> None:
+    """The names in it, to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_free(workdir: Path) -> None:
@@ -106,7 +117,7 @@ def writer(workdir: Path, step: int, say: Callable[[str], None] = print) -> Iter
     """
     rows = [row for row in _rows(workdir) if row[0] <= step]
     table = _merged(rows)
-    replace_file(workdir / "metrics.jsonl", "".join(_line(*row) for row in rows))
+    replace_file(workdir / "metrics.jsonl", "".join(_line(*row) for row in rows), sync=True)
     for stale in workdir.glob("events.out.tfevents.*"):
         stale.unlink()
 

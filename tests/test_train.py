@@ -83,8 +83,11 @@ def test_every_file_of_the_work_directory(tmp_path, monkeypatch):
     synced = []
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd))[1])
-    fit(tiny.mlp(**on(1)), tmp_path)
-    assert any(Path(path).name.startswith(".config.json.") for path in synced)  # without it no checkpoint is resumed
+    fit(tiny.mlp(**on(1)), tmp_path / "runs/one")
+    assert {str(tmp_path), str(tmp_path / "runs")} <= set(synced)  # the names of the folders that were made
+    tmp_path /= "runs/one"
+    # without the one no checkpoint is resumed; the other is written anew at each start
+    assert {".config.json", ".metrics.jsonl"} <= {Path(path).name.rpartition(".")[0] for path in synced}
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "metrics.jsonl", "metrics.csv", "status.json", "evaluation.json", "checkpoints"} <= names
     assert any(name.startswith("events.out.tfevents.") for name in names)
