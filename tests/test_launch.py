@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from jax._src import compilation_cache
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--experiment=digits_mlp", "--config.features=16", "--config.steps=40", "--config.eval_every=10"]
@@ -196,13 +197,24 @@ def test_flags_may_stand_in_a_file(tmp_path):
     assert "epochs=-1" in ended.stderr
 
 
-def test_no_secret_of_the_environment_is_left_in_a_run(tmp_path):
-    env = os.environ | {"WANDB_API_KEY": "planted-secret-0451"}
-    command = [sys.executable, str(ROOT / "launch.py"), *SMALL, f"--workdir={tmp_path}"]
-    ran = subprocess.run(command, capture_output=True, env=env, cwd=ROOT, timeout=300, check=True)
-    assert b"planted-secret" not in ran.stdout + ran.stderr
-    for file in tmp_path.rglob("*"):
-        assert not file.is_file() or b"planted-secret" not in file.read_bytes()
+def test_no_secret_of_the_environment_is_left_in_a_run_nor_in_the_caches(tmp_path):
+    env = os.environ | {
+        "WANDB_API_KEY": "planted-secret-0451",
+        "XDG_CACHE_HOME": str(tmp_path),
+        "TMPDIR": str(tmp_path),
+    }
+    del env["JAX_COMPILATION_CACHE_DIR"]  # of all tests; now it lies in the other cache
+    for name, rate, code in ("good", "0.01", 0), ("bad", "1e30", 1):
+        flags = [*SMALL, f"--config.learning_rate={rate}", f"--workdir={tmp_path / name}"]
+        command = [sys.executable, str(ROOT / "launch.py"), *flags]
+        ran = subprocess.run(command, capture_output=True, env=env, cwd=ROOT, timeout=300)
+        assert ran.returncode == code, ran.stderr
+        assert b"planted-secret" not in ran.stdout + ran.stderr
+    left = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    compiled = [data for file, data in left.items() if file.name.endswith("-cache")]
+    assert compiled and tmp_path / "bad/nonfinite/batch.npz" in left
+    for data in [*left.values(), *map(compilation_cache.decompress_executable, compiled)]:
+        assert b"planted-secret" not in data
 
 
 def test_home_stands_for_itself_in_a_workdir(launcher, tmp_path):
