@@ -263,6 +263,8 @@ RUN = XOR + "--workdir=run "
 WORKDIRS = [  # of a run that ended at step 4, with checkpoints of steps 2 and 4
     (RUN + "--config.seed=9", "run another config seed was 1 is 9 --workdir"),
     (RUN + "--config.batch_size=2 --config.ema=0.5", "batch_size was 4 is 2 ema was 0.0 is 0.5"),
+    (RUN + "--config.precision=float64", "precision was float32 is float64 take another"),
+    (RUN + "--config.log_every=1", "log_every was 2 is 1 --allow_changes"),
     ("--experiment=digits_mlp --workdir=run", "run/config.json"),
     ("--experiment=mnist_lenet --workdir=run", "run/config.json sigmoid_mlp mnist_lenet"),
     (RUN, "run/config.json", text("run/config.json")),

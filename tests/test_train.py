@@ -123,20 +123,22 @@ def test_another_config_in_the_same_directory_is_refused_field_by_field(tmp_path
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "done"
 
 
-def test_a_run_goes_on_with_more_steps_or_another_mesh_only_where_that_is_meant(tmp_path):
+def test_a_run_goes_on_with_more_steps_another_log_period_or_mesh_only_where_that_is_meant(tmp_path):
     fit(tiny.mlp(**on(1)), tmp_path)
-    longer = tiny.mlp(**on(2, steps=16))
-    with pytest.raises(BadInput, match=r"steps was 12 and is 16, mesh_data was 1 and is 2; --allow_changes"):
+    longer = tiny.mlp(**on(2, steps=16, log_every=2))
+    with pytest.raises(
+        BadInput, match=r"steps was 12 and is 16, log_every was 4 and is 2, mesh_data was 1 and is 2; --allow_changes"
+    ):
         fit(longer, tmp_path)
     assert int(fit(longer, tmp_path, allow_changes=True).step) == 16
     assert json.loads((tmp_path / "config.json").read_text())["config"]["steps"] == 16
-    assert 16 in log.read(tmp_path)
+    assert list(log.read(tmp_path)) == [4, 6, 8, 12, 14, 16]
     digest = log.read_status(tmp_path)["digest"]
-    fit(tiny.mlp(**on(2, steps=8)), tmp_path, allow_changes=True)  # there is no way back
+    fit(tiny.mlp(**on(2, steps=8, log_every=2)), tmp_path, allow_changes=True)  # there is no way back
     assert {"step": 16, "digest": digest}.items() <= log.read_status(tmp_path).items()
     fit(longer, tmp_path, allow_changes=True)
     with pytest.raises(BadInput, match=r"seed was 0 and is 3; take another --workdir"):
-        fit(tiny.mlp(**on(2, steps=16, seed=3)), tmp_path, allow_changes=True)
+        fit(tiny.mlp(**on(2, steps=16, log_every=2, seed=3)), tmp_path, allow_changes=True)
 
 
 def test_other_code_or_data_under_the_same_config_are_refused_by_name(tmp_path):
