@@ -50,7 +50,7 @@ def make_mesh(config: Run, devices: list[Any] | None = None) -> Mesh:
         asked = " x ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
         raise BadInput(
             f"--config.{asked}: needs {'a multiple of ' if fixed <= count else ''}{fixed} devices and there are "
-            f"{count}; {_fitting(sizes, count, fixed)} would fit"
+            f"{count}; {_fitting(sizes, count)} would fit"
         )
     shape = tuple(count // fixed if size == -1 else size for size in sizes.values())
     chosen = devices[: math.prod(shape)]
@@ -62,15 +62,15 @@ def make_mesh(config: Run, devices: list[Any] | None = None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=chosen)
 
 
-def _fitting(sizes: Mapping[str, int], count: int, fixed: int) -> str:
-    """For each size that was given, what it might be if the others stay: what divides the devices they leave."""
+def _fitting(sizes: Mapping[str, int], count: int) -> str:
+    """For each size that was given, what it might be if the others stay: where the product divides the devices."""
     found = []
     for name, size in sizes.items():
-        left = count // (fixed // size) if size > 1 else 0
-        divisors = [str(n) for n in range(1, left + 1) if left % n == 0]
-        if divisors:
-            found.append(f"{name} of {' or '.join([', '.join(divisors[:-1]), divisors[-1]] if left > 1 else divisors)}")
-    return ", or ".join(found) or "smaller sizes"
+        others = math.prod(other for key, other in sizes.items() if key != name and other > 0)
+        *most, last = [str(n) for n in range(1, count + 1) if size > 1 and count % (n * others) == 0] or [""]
+        if last:
+            found.append(f"{name} of {', '.join(most)} or {last}" if most else f"{name} of {last}")
+    return ", or ".join(found) or f"sizes whose product divides {count}"
 
 
 def rows(mesh: Mesh) -> int:

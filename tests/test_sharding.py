@@ -1,6 +1,7 @@
 import dataclasses
 import os
 import platform
+import re
 import subprocess
 import sys
 
@@ -35,13 +36,19 @@ def test_a_mesh_takes_all_devices_or_those_asked_for():
         ({"mesh_data": -1, "mesh_fsdp": -1}, "only one"),
         ({"mesh_data": -1, "mesh_fsdp": 5}, "needs 5 devices and there are 4; mesh_fsdp of 1, 2 or 4 would fit"),
         ({"mesh_data": -1, "mesh_model": 3}, "a multiple of 3 devices and there are 4; mesh_model of 1, 2 or 4 would"),
-        ({"mesh_data": 3, "mesh_fsdp": 2}, "needs 6 .* mesh_data of 1 or 2, or mesh_fsdp of 1 would fit"),
+        ({"mesh_data": 3, "mesh_fsdp": 2}, "needs 6 .*; mesh_data of 1 or 2 would fit"),
+        ({"mesh_data": 4, "mesh_fsdp": 2}, "needs 8 .*; mesh_data of 1 or 2, or mesh_fsdp of 1 would fit"),
+        ({"mesh_data": -1, "mesh_fsdp": 3, "mesh_model": 2}, "needs 6 .*; mesh_fsdp of 1 or 2 would fit"),
+        ({"mesh_data": -1, "mesh_fsdp": 3, "mesh_model": 3}, "needs 9 .*; sizes whose product divides 4 would fit"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_named(fields, named):
     with pytest.raises(BadInput, match=named) as caught:
         sharding.make_mesh(Run(**fields))
     assert "\n" not in str(caught.value)
+    for name, sizes in re.findall(r"(mesh_\w+) of ([\d, or]*\d)", str(caught.value)):
+        for size in re.findall(r"\d+", sizes):
+            sharding.make_mesh(Run(**fields | {name: int(size)}))
 
 
 @pytest.mark.parametrize(
