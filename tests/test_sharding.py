@@ -14,7 +14,7 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from experiments import digits_mlp, digits_shard_map
-from jaxcompute import core, log, sharding, train
+from jaxcompute import core, log, metrics, sharding, train
 from jaxcompute.core import Run
 from jaxcompute.errors import BadInput
 
@@ -160,16 +160,17 @@ def compiled(rule, **fields) -> train.Program:
     return train.compile(train.resolve(exp, mesh), mesh)
 
 
-def trained(program: train.Program) -> core.State:
+def trained(program: train.Program) -> tuple[core.State, dict[str, float]]:
+    """The State after four steps, and the metrics of all four."""
     state, sums = program.init(), program.sums()
     for at in range(4):
         state, sums = program.steps(1)(state, sums, program.feed(at))
-    return state
+    return state, metrics.compute(jax.device_get(sums))
 
 
 def test_two_dense_layers_split_over_model_train_as_the_whole_ones_and_moments_and_averages_follow():
     program = compiled(sharding.by_pattern(TENSOR_PARALLEL), mesh_data=2, mesh_model=2)
-    state = trained(program)
+    state, _ = trained(program)
     adam = state.opt_state[0]
     for tree in (state.params, adam.mu, adam.nu, state.ema["params"]):
         held = {
@@ -178,7 +179,7 @@ def test_two_dense_layers_split_over_model_train_as_the_whole_ones_and_moments_a
         }
         assert held == {"Dense_0/bias": (8,), "Dense_0/kernel": (36, 8), "Dense_1/bias": (3,), "Dense_1/kernel": (8, 3)}
     assert state.key.sharding.is_fully_replicated and adam.count.sharding.is_fully_replicated
-    alone = trained(compiled(None, mesh_data=1))
+    alone, _ = trained(compiled(None, mesh_data=1))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params, alone.params)
 
     table = log.parameter_table(program.abstract.params).splitlines()
@@ -216,16 +217,14 @@ def test_the_written_out_step_runs_on_another_mesh_and_refuses_micro_batches():
 
 
 def test_the_step_with_its_collectives_written_out_equals_the_one_without():
-    fields = {"features": (16,), "dropout": 0.0, "batch_size": 32, "steps": 4}
-    written = digits_shard_map.experiment(digits_shard_map.Config(**fields))
-    plain = digits_mlp.experiment(digits_mlp.Config(**fields))
-    states = []
-    for exp in (written, plain):
-        mesh = sharding.make_mesh(exp.config)
-        program = train.compile(train.resolve(exp, mesh), mesh)
-        reduced = program.steps(1).as_text()
-        assert reduced and "all-reduce" in reduced
-        states.append(trained(program))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), states[0].params, states[1].params
-    )
+    fields = {"features": (16,), "dropout": 0.0, "batch_size": 32, "steps": 4, "precision": "float64"}
+    found = []
+    with jax.enable_x64(True):
+        for module in (digits_shard_map, digits_mlp):
+            exp = module.experiment(module.Config(**fields))
+            mesh = sharding.make_mesh(exp.config)
+            program = train.compile(train.resolve(exp, mesh), mesh)
+            assert "all-reduce" in (program.compiled(1).as_text() or "")
+            state, seen = trained(program)
+            found.append((state.params, seen))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15), *found)
