@@ -190,6 +190,33 @@ def test_two_dense_layers_split_over_model_train_as_the_whole_ones_and_moments_a
     assert rows["total"] == ["2,572", "1,292"]
 
 
+def test_digits_mlp_split_over_model_tells_of_it_before_its_first_step_and_trains_as_one_device():
+    fields = {"features": (32, 16), "steps": 4, "log_every": 1, "eval_every": 4, "precision": "float64"}
+    runs = []
+    with jax.enable_x64(True):
+        for mesh in ({"mesh_data": 1}, {"mesh_data": 2, "mesh_model": 2}):
+            exp, said, losses = digits_mlp.experiment(digits_mlp.Config(**fields, **mesh)), [], []
+
+            def write(at, values, said=said, losses=losses):
+                said.append("a step")
+                losses += [values["train/loss"]] if "train/loss" in values else []
+
+            train.fit(exp, write=write, say=said.append)
+            runs.append((said, losses))
+    (_, alone), (said, losses) = runs
+    np.testing.assert_allclose(losses, alone, rtol=1e-12)
+    (table,) = (text for text in said[: said.index("a step")] if text.startswith("parameter "))
+    assert [line.split() for line in table.splitlines()[2:]] == [
+        ["Dense_0/bias", "32", "model", "256", "128"],
+        ["Dense_0/kernel", "64x32", "-,", "model", "16,384", "8,192"],
+        ["Dense_1/bias", "16", "whole", "128", "128"],
+        ["Dense_1/kernel", "32x16", "model,", "-", "4,096", "2,048"],
+        ["Dense_2/bias", "10", "model", "80", "40"],
+        ["Dense_2/kernel", "16x10", "-,", "model", "1,280", "640"],
+        ["total", "22,224", "11,176"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("rule", "named"),
     [
