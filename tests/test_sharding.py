@@ -14,7 +14,7 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from experiments import digits_mlp, digits_shard_map
-from jaxcompute import core, log, metrics, sharding, train
+from jaxcompute import checkpoint, core, log, metrics, sharding, train
 from jaxcompute.core import Run
 from jaxcompute.errors import BadInput
 
@@ -153,9 +153,9 @@ def test_rules_see_paths():
 TENSOR_PARALLEL = {"Dense_0/kernel": P(None, "model"), "Dense_0/bias": P("model"), "Dense_1/kernel": P("model", None)}
 
 
-def compiled(rule, **fields) -> train.Program:
+def compiled(rule, optimizer=optax.adamw, **fields) -> train.Program:
     exp = tiny.mlp(tiny.MLP((16,), 3), steps=4, ema=0.9, **fields)
-    exp = dataclasses.replace(exp, rule=rule, optimizer=optax.adamw(exp.schedule))
+    exp = dataclasses.replace(exp, rule=rule, optimizer=optimizer(exp.schedule))
     mesh = sharding.make_mesh(exp.config)
     return train.compile(train.resolve(exp, mesh), mesh)
 
@@ -188,6 +188,22 @@ def test_two_dense_layers_split_over_model_train_as_the_whole_ones_and_moments_a
     assert rows["Dense_0/kernel"] == ["36x16", "-,", "model", "2,304", "1,152"]
     assert rows["Dense_1/bias"] == ["3", "whole", "12", "12"]
     assert rows["total"] == ["2,572", "1,292"]
+
+
+def test_parameters_alone_go_on_from_fsdp_and_adamw_on_one_device_by_sgd(tmp_path):
+    there, here = compiled(sharding.fsdp(100), mesh_data=2, mesh_fsdp=2), compiled(None, optax.sgd, mesh_data=1)
+    state, _ = trained(there)
+    assert not state.params["Dense_0"]["kernel"].sharding.is_fully_replicated
+    with checkpoint.Saver(tmp_path) as saver:
+        saver.save(state)
+    params = checkpoint.restore(tmp_path, 4, here.abstract.params, part="params")
+    assert checkpoint.digest(params) == checkpoint.digest(state.params)
+    other = dataclasses.replace(here.init(), step=jnp.int32(4), params=params)
+    losses = []
+    for program, at in ((there, state), (here, other)):
+        _, sums = program.steps(1)(at, program.sums(), program.feed(4))
+        losses.append(metrics.compute(jax.device_get(sums))["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_digits_mlp_split_over_model_tells_of_it_before_its_first_step_and_trains_as_one_device():
