@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.machine import processor  # noqa: E402
 from jaxcompute import log  # noqa: E402
 
 EXPERIMENTS: dict[str, dict[str, Any]] = {"digits_mlp": {}, "cifar_resnet": {"batch_size": 32}}
@@ -67,10 +68,8 @@ def main() -> None:
     ]
 
     def leave(**facts: Any) -> None:
-        log.write_json(
-            given.out,
-            log.describe({}, device="cpu", fields=EXPERIMENTS, in_float32=FULL_RATE, **facts, losses=dict(seen)),
-        )
+        facts |= {"processor": processor(), "fields": EXPERIMENTS, "in_float32": FULL_RATE, "losses": dict(seen)}
+        log.write_json(given.out, log.describe({}, device="cpu", **facts))
 
     def case(name: str, precision: str, over: str) -> None:
         key = f"{name}, {precision}, {over}"

@@ -30,6 +30,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from benchmarks.machine import processor  # noqa: E402
 from experiments import imagenet_resnet50  # noqa: E402
 from jaxcompute import log, train  # noqa: E402
 from jaxcompute.core import Experiment  # noqa: E402
@@ -68,7 +69,7 @@ def main() -> None:
     print(log.table([list(row.values()) for row in looped], list(looped[0])), flush=True)
     memory = watch(folders, given.steps)
     print(log.table([(k, v) for k, v in memory.items() if k != "samples"], ("memory", "")))
-    machine = {"threads": os.cpu_count(), "load": os.getloadavg()[0]}
+    machine = {"threads": os.cpu_count(), "processor": processor(), "load": os.getloadavg()[0]}
     facts = {"machine": machine, "images": images, "decode": decoded, "loop": looped, "memory": memory}
     log.write_json(given.out, log.describe({}, device="cpu", **facts))
 

@@ -1,4 +1,4 @@
-"""benchmarks/scaling.py and benchmarks/agreement.py with their smallest sizes, and what they read from a program."""
+"""benchmarks/scaling.py, agreement.py and loading.py with their smallest sizes, and what they read from a program."""
 
 import json
 import subprocess
@@ -8,8 +8,9 @@ from pathlib import Path
 import jax
 import pytest
 import tiny
+from test_experiments import pictures
 
-from benchmarks import scaling
+from benchmarks import loading, scaling
 from jaxcompute import sharding, train
 
 ROOT = Path(__file__).parents[1]
@@ -69,3 +70,10 @@ def test_four_devices_and_two_processes_agree_with_one_device(tmp_path):
     assert apart.keys() == {(precision, over) for precision in ("float32", "float64") for over in cases}
     assert all(most < (1e-6 if precision == "float32" else 1e-12) for (precision, _), most in apart.items())
     assert picture.stat().st_size > 5_000
+    assert found["processor"]
+
+
+def test_decoding_is_timed_with_its_processor_time(tmp_path):
+    found = loading.decode(pictures(tmp_path), workers=1, batches=2, megapixels=0.012)
+    assert found["megapixels_per_sec"] == pytest.approx(0.012 * found["images_per_sec"], abs=0.1)
+    assert 0 < found["cpu_ms_an_image"] == pytest.approx(1e3 / found["images_per_cpu_sec"], rel=0.1)

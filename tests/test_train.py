@@ -521,7 +521,8 @@ class Drifting:
         return self.feed(0)
 
     def feed(self, step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]:
-        batch = jax.device_get(self.source.batch(self.source.feed(step), np.int32(step)))
+        rows = (self.batch_size * step + np.arange(self.batch_size)) % self.size
+        batch = {name: array[rows] for name, array in self.source.feed(0).items()}
         return self.change(batch) if step >= 5 else batch
 
     def batch(self, feed, step):
@@ -551,6 +552,27 @@ def test_a_batch_that_would_compile_the_step_anew_is_named(change, words, tmp_pa
     with pytest.raises(train.Recompile, match=f"^the batch of step 5 would compile the step anew: {words}"):
         fit(exp, tmp_path)
     assert log.read_status(tmp_path)["state"] == "failed"
+
+
+def test_the_logs_tell_whether_the_device_waits_for_data_or_the_data_for_the_device():
+    def nap(x):
+        time.sleep(0.1)
+        return x
+
+    def slow_step(batch, key, train):
+        label = batch["label"]
+        label = jax.pure_callback(nap, label, label, vmap_method="sequential") if train else label
+        return exp.prepare(batch | {"label": label}, key, train)
+
+    exp = tiny.mlp(mesh_data=1, steps=15, log_every=5, eval_every=15)
+    slow_source = dataclasses.replace(exp, train=Drifting(exp.train, nap))
+    slow_device = dataclasses.replace(exp, train=Drifting(exp.train, lambda batch: batch), prepare=slow_step)
+    waits = []
+    for slow in (slow_source, slow_device):
+        seen: dict[str, float] = {}
+        fit(slow, write=lambda at, values, seen=seen: seen.update(values))
+        waits.append(seen["perf/data_wait_frac"])
+    assert waits[0] > 0.7 and waits[1] < 0.3
 
 
 def test_a_run_outlives_a_field_that_the_code_has_gained_or_lost_where_that_is_meant(tmp_path):
