@@ -10,19 +10,23 @@ on 2 cores of an Intel Xeon, jax 0.10.2, 2026-11-25), the loop waiting for data 
     python launch.py --experiment=imagenet_resnet50 --config.train_dir=DIR/train --config.eval_dir=DIR/val \\
         --config.depth=18 --config.width=16 --config.canvas=160 --config.image_size=96 --config.eval_short=112 \\
         --config.eval_size=96 --config.batch_size=32 --config.epochs=30 --config.learning_rate=0.4
+
+The first `--config.small_epochs` may train on crops of `--config.small_size` pixels: of 160 half the work of 224.
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Annotated, Literal
 
 import jax
 
-from jaxcompute import losses, optim
+from jaxcompute import losses, optim, step
 from jaxcompute.config import Range
-from jaxcompute.core import Batch, Experiment, Run
+from jaxcompute.core import Batch, Experiment, Run, State
 from jaxcompute.data import augment, sources, stream
 from jaxcompute.errors import BadInput
+from jaxcompute.metrics import Metrics
 from jaxcompute.models import resnet
 
 MODELS = {
@@ -40,6 +44,8 @@ class Config(Run):
     workers: Annotated[int, "processes that decode; 0: one a core", Range(ge=0, le=1024)] = 0
     canvas: Annotated[int, "pixels that an image's long side is decoded to at most", Range(ge=1, le=4096)] = 352
     image_size: Annotated[int, "side in pixels of the crops the network trains on", Range(ge=1, le=4096)] = 224
+    small_size: Annotated[int, "side in pixels of the crops in the first epochs", Range(ge=1, le=4096)] = 160
+    small_epochs: Annotated[float, "how many these are; they cost less, and count as whole ones", Range(ge=0)] = 0.0
     eval_short: Annotated[int, "pixels of the short side in evaluation", Range(ge=1, le=4096)] = 256
     eval_size: Annotated[int, "side in pixels of the centre that is evaluated", Range(ge=1, le=4096)] = 224
     min_area: Annotated[float, "least share of an image that a crop shows", Range(gt=0, le=1)] = 0.08
@@ -76,6 +82,12 @@ def experiment(config: Config) -> Experiment:
         train, test = splits["train"], splits["validation"]
     workers = stream.Workers(config.workers)
     steps = optim.total_steps(config, len(train))
+    small = math.ceil(config.small_epochs * len(train) / config.batch_size)
+    if small and small >= steps:
+        raise BadInput(
+            f"--config.small_epochs={config.small_epochs}: {small:,} steps of the run's {steps:,} leave none for whole "
+            "crops; give less"
+        )
     peak = config.learning_rate * config.batch_size / 256
     schedule = optim.warmup_cosine(peak, steps, round(config.warmup_epochs * len(train) / config.batch_size))
     return Experiment(
@@ -91,7 +103,15 @@ def experiment(config: Config) -> Experiment:
         steps=steps,
         prepare=partial(prepare, config),
         classes=classes,
+        train_step=partial(train_step, config, small) if small else None,
     )
+
+
+def train_step(config: Config, small: int, exp: Experiment, state: State, batch: Batch) -> tuple[State, Metrics]:
+    """The usual one, of small crops in the first steps: the network does not ask how large they are."""
+    crops = partial(prepare, dataclasses.replace(config, image_size=config.small_size))
+    steps = [partial(step.train_step, which) for which in (dataclasses.replace(exp, prepare=crops), exp)]
+    return jax.lax.cond(state.step < small, *steps, state, batch)
 
 
 def prepare(config: Config, batch: Batch, key: jax.Array, train: bool) -> Batch:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from experiments import cifar_resnet
 from jaxcompute import config, step, train
-from jaxcompute.core import Run
+from jaxcompute.core import Run, State
 from jaxcompute.data import memory
 from jaxcompute.errors import BadInput
 from jaxcompute.models import resnet
@@ -25,7 +25,8 @@ NEED_DATA = {"mnist_lenet", "fashion_cnn", "cifar_cnn", "cifar_resnet", "cifar_s
 OF_FOLDERS = {"folder_cnn", "imagenet_resnet50"}
 SMALL = {
     "imagenet_resnet50": {
-        "depth": "18", "width": 4, "canvas": 48, "image_size": 32, "eval_short": 36, "eval_size": 32, "workers": 1
+        "depth": "18", "width": 4, "canvas": 48, "image_size": 32, "eval_short": 36, "eval_size": 32, "workers": 1,
+        "small_size": 16, "small_epochs": 0.5,
     }
 }  # fmt: skip
 
@@ -111,12 +112,30 @@ def test_cifar_resnet_begins_with_small_images_and_muon_takes_its_convolutions(d
             assert np.linalg.norm(leaf) == pytest.approx(leaf.shape[-1] ** 0.5, rel=0.15)
 
 
-@pytest.mark.parametrize("fields", [{"steps": 3906, "small_epochs": 5.0}, {"epochs": 5.0, "small_epochs": 5.0}])
-def test_cifar_resnet_wants_whole_images_in_the_end(fields, data_dir):
+def test_imagenet_resnet50_begins_with_small_crops(tmp_path, monkeypatch):
+    fields = {"steps": 8, "small_size": 16, "small_epochs": 2.0}  # 3 steps of 4 out of 6
+    exp = build("imagenet_resnet50", **pictures(tmp_path) | SMALL["imagenet_resnet50"] | fields)
+    batch, key = exp.train.batch(exp.train.like(), jnp.int32(0)), jax.random.key(0)
+    monkeypatch.setattr(step, "train_step", lambda exp, state, batch: exp.prepare(batch, key, True)["image"].shape)
+    for at, side in (0, 16), (2, 16), (3, 32), (7, 32):
+        state = State(step=jnp.int32(at), params={}, mutable={}, opt_state=(), key=key)
+        assert exp.train_step(exp, state, batch) == (4, side, side, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("cifar_resnet", {"steps": 3906, "batch_size": 64}),
+        ("cifar_resnet", {"steps": 0, "epochs": 5.0}),
+        ("imagenet_resnet50", {"steps": 8}),
+    ],
+)
+def test_small_images_must_leave_whole_ones_in_the_end(name, fields, data_dir, tmp_path):
     del data_dir
-    with pytest.raises(BadInput, match=r"--config.small_epochs=5.0: .* leave none for whole images; give less"):
-        cifar_resnet.experiment(cifar_resnet.Config(**fields))
-    assert cifar_resnet.experiment(cifar_resnet.Config(steps=20_000, small_epochs=20.0))
+    fields |= {"small_epochs": 5.0} | (pictures(tmp_path) if name in OF_FOLDERS else {})
+    with pytest.raises(BadInput, match=r"--config.small_epochs=5.0: .* leave none for whole \w+; give less"):
+        build(name, **fields)
+    assert build(name, **fields | {"steps": 400_000})
 
 
 def test_sigmoid_mlp_gradients_by_the_chain_rule():
