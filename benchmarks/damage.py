@@ -87,6 +87,7 @@ def benchmark(folder: Path, trials: int, launches: int, rng: random.Random) -> d
         "device": config["device"],
         "processor": kills.processor(),
         "versions": config["versions"],
+        "git": config["git"],
         "fields": FIELDS,
         "files": len(files),
         "trials": dict(done.most_common()),

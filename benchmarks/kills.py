@@ -156,6 +156,7 @@ def benchmark(folder: Path, kills: int, minutes: float, rng: random.Random) -> d
         "device": config["device"],
         "processor": processor(),
         "versions": config["versions"],
+        "git": config["git"],
         "fields": fields | {"keep_last": "3", "keep_best": "1"},
         "kills": sum(landed.values()),
         "landed": dict(landed.most_common()),

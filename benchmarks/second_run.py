@@ -36,7 +36,8 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="jaxcompute-second-") as folder:
         found = benchmark(Path(folder), given.runs, FIELDS | {"steps": str(given.steps)})
-    print(log.table([(name, value) for name, value in found.items() if name != "versions"], ("what", "value")))
+    shown = [(name, value) for name, value in found.items() if name not in ("versions", "git")]
+    print(log.table(shown, ("what", "value")))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     log.write_json(given.out, found)
     sys.exit(1 if found["problems"] else 0)
@@ -77,6 +78,7 @@ def benchmark(folder: Path, runs: int, fields: dict[str, str]) -> dict[str, Any]
         "processor": kills.processor(),
         "load": os.getloadavg(),
         "versions": log.versions(),
+        "git": log.git(),
         "fields": fields,
         "runs_refused": len(seconds) - sum(problem.startswith("second run") for problem in problems),
         "seconds_from_command_to_exit": {"median": statistics.median(seconds), "max": max(seconds)},

@@ -138,6 +138,7 @@ def benchmark(folder: Path, count: int, minutes: float, rng: random.Random) -> d
         "processor": kills.processor(),
         "load": os.getloadavg(),  # what else the machine had to do
         "versions": config["versions"],
+        "git": config["git"],
         "fields": fields,
         "signals": sum(landed.values()),
         "followed_by_a_second": twice,
