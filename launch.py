@@ -27,7 +27,7 @@ from absl import app, flags, logging
 
 from jaxcompute import cache, log, stops
 from jaxcompute import config as configs
-from jaxcompute.errors import BadInput, Elsewhere
+from jaxcompute.errors import BadInput, Elsewhere, line_of
 
 ROOT = Path(__file__).parent / "experiments"
 
@@ -191,21 +191,21 @@ def train(exp, workdir: Path) -> None:
             trainer.fit(exp, workdir, instruments=instruments, **options)
     except trainer.OutOfMemory as error:
         if distributed.several():
-            raise BadInput(str(error)) from None
+            raise BadInput(line_of(error)) from None
         raise BadInput(memory.advice(exp, error.with_traceback(None))) from None  # the traceback holds arrays
     except trainer.Recompile as error:
-        say(str(error))
+        say(line_of(error))
         sys.exit(1)
     except trainer.Preempted as stop:
         for signum in stops.STOPS:
             signal.signal(signum, signal.SIG_IGN)  # it is on its way out, with the first one's exit code
-        say("\n".join([str(stop), *getattr(stop, "__notes__", []), f"to go on: {again}"]))
+        say(f"{line_of(stop)}\nto go on: {again}")
         sys.exit(128 + stop.signum)
     except trainer.NonFinite as error:
-        say(f"{error}; to see where it began: {again} --mode=replay")
+        say(f"{line_of(error)}; to see where it began: {again} --mode=replay")
         sys.exit(1)
     except OSError as error:  # a full disk, say; what was saved before stands
-        say(str(error))
+        say(f"{line_of(error)}; once that is mended, to go on: {again}")
         sys.exit(1)
     if first and exp.classes:
         say(log.evaluation_table(log.read_json(workdir / "evaluation.json") or {}))
@@ -362,7 +362,7 @@ def launch() -> None:
             configs.define_flags(configs.load(name, ROOT).Config)
         app.run(main, flags_parser=lambda argv: configs.parse_flags(argv, __doc__ or ""))
     except BadInput as error:
-        print(" ".join(str(error).split()), file=sys.stderr)  # a line, whatever stands in a path
+        print(line_of(error), file=sys.stderr)  # a line, whatever stands in a path
         sys.exit(2)
     except Elsewhere as error:  # told there
         sys.exit(error.code)

@@ -35,7 +35,7 @@ from jax.experimental import multihost_utils
 
 import jaxcompute
 from jaxcompute.core import PyTree, State
-from jaxcompute.errors import BadInput
+from jaxcompute.errors import BadInput, line_of
 
 Rank = tuple[str, Literal["max", "min"]]  # which metric ranks checkpoints, and which way
 Directory = str | os.PathLike[str]  # of all the checkpoints of one run
@@ -337,10 +337,8 @@ class Saver:
             _commit(temporary, self.directory / str(step))
         except Exception as error:
             shutil.rmtree(temporary, ignore_errors=True)  # gives a full disk its space back
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise OSError(
-                f"step {step} was not saved in {self.directory}; older steps are as they were: {reason}"
-            ) from error
+            failed = f"step {step} was not saved in {self.directory}; older steps are as they were"
+            raise OSError(f"{failed}: {line_of(error)}") from error
         self._prune(step)
 
     def _prune(self, newest: int) -> None:

@@ -28,7 +28,7 @@ import jax
 from jax._src import clusters  # private, as are the two below: jax has no public door to what its launcher found,
 from jax._src.distributed import global_state  # nor to its key-value store
 
-from jaxcompute.errors import BadInput, Elsewhere
+from jaxcompute.errors import BadInput, Elsewhere, line_of
 
 LATE = "ran past its limit"
 ROLL_CALL = 5.0  # seconds for a process to answer, if it is alive
@@ -172,8 +172,7 @@ def together() -> Iterator[None]:
         yield
     except Exception as error:
         own = error
-        line = " ".join(str(error).split()) or type(error).__name__
-        client.key_value_set(f"{key}/{me}", f"{2 if isinstance(error, BadInput) else 1} {line}")
+        client.key_value_set(f"{key}/{me}", f"{2 if isinstance(error, BadInput) else 1} {line_of(error)}")
     client.wait_at_barrier(key, PATIENCE * 1000)
     failed = {int(name.rpartition("/")[2]): value for name, value in client.key_value_dir_get(f"{key}/")}
     if not failed:
@@ -293,7 +292,7 @@ def agreed(
         yield stop
     except BaseException as error:
         if error is not _told and not isinstance(error, alike):
-            word = f"failed process {me} failed: {' '.join(str(error).split()) or type(error).__name__}"
+            word = f"failed process {me} failed: {line_of(error)}"
             atexit.register(leave)  # runs before jax's own, which would wait for the others
         raise
     finally:

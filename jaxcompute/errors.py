@@ -14,3 +14,9 @@ class Elsewhere(Exception):
     def __init__(self, message: str, code: int):
         super().__init__(message)
         self.code = code
+
+
+def line_of(error: BaseException) -> str:
+    """What an error says, and what was noted at it, in one line: a save that failed under way is such a note."""
+    words = [str(error).strip() or type(error).__name__, *getattr(error, "__notes__", [])]
+    return " ".join("; ".join(words).split())

@@ -117,15 +117,12 @@ def writer(workdir: Path, step: int, say: Callable[[str], None] = print) -> Iter
     """
     rows = [row for row in _rows(workdir) if row[0] <= step]
     table = _merged(rows)
-    replace_file(workdir / "metrics.jsonl", "".join(_line(*row) for row in rows), sync=True)
+    file = workdir / "metrics.jsonl"
+    replace_file(file, "".join(_line(*row) for row in rows), sync=True)
     for stale in workdir.glob("events.out.tfevents.*"):
         stale.unlink()
 
-    with (
-        (workdir / "metrics.jsonl").open("a", encoding="utf-8") as jsonl,
-        _sheet(workdir, table) as sheet,
-        _events(workdir, say) as event,
-    ):
+    with _sheet(workdir, table) as sheet, _events(workdir, say) as event:
         for row in rows:
             event(*row)
 
@@ -136,8 +133,8 @@ def writer(workdir: Path, step: int, say: Callable[[str], None] = print) -> Iter
                 return
             table[step] = known | fresh
             now = round(time.time(), 3)
-            jsonl.write(_line(step, now, fresh))
-            jsonl.flush()
+            with _naming(file), file.open("a", encoding="utf-8") as jsonl:
+                jsonl.write(_line(step, now, fresh))
             sheet(step)
             event(step, now, fresh)
 
@@ -186,33 +183,37 @@ def _sheet(workdir: Path, table: Mapping[int, Mapping[str, float]]) -> Iterator[
     """metrics.csv, a row a step and a column a tag; what it gives writes the step's row anew."""
     columns: list[str] = []
     last, start = -1, 0  # newest row's step and place
+    file = (workdir / "metrics.csv").open("w", encoding="utf-8", newline="")
+    rows = csv.writer(file, lineterminator="\n")
 
-    with (workdir / "metrics.csv").open("w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
+    def append(step: int) -> None:
+        nonlocal last, start
+        last, start = step, file.tell()
+        rows.writerow([step, *(table[step].get(tag, "") for tag in columns)])
 
-        def append(step: int) -> None:
-            nonlocal last, start
-            last, start = step, file.tell()
-            rows.writerow([step, *(table[step].get(tag, "") for tag in columns)])
+    @_naming(workdir / "metrics.csv")
+    def update(*steps: int) -> None:
+        new = dict.fromkeys(tag for step in steps for tag in table[step] if tag not in columns)
+        columns.extend(new)
+        if new or steps[0] < last:  # a new column, or late news of an old step: from the start
+            file.seek(0)
+            file.truncate()
+            rows.writerow(["step", *columns])
+            for step in sorted(table):
+                append(step)
+        else:
+            if steps[0] == last:  # training and evaluation of one step share its row, which can only grow
+                file.seek(start)
+            append(steps[0])
+        file.flush()
 
-        def update(*steps: int) -> None:
-            new = dict.fromkeys(tag for step in steps for tag in table[step] if tag not in columns)
-            columns.extend(new)
-            if new or steps[0] < last:  # a new column, or late news of an old step: from the start
-                file.seek(0)
-                file.truncate()
-                rows.writerow(["step", *columns])
-                for step in sorted(table):
-                    append(step)
-            else:
-                if steps[0] == last:  # training and evaluation of one step share its row, which can only grow
-                    file.seek(start)
-                append(steps[0])
-            file.flush()
-
+    try:
         if table:
             update(*table)
         yield update
+    finally:
+        with contextlib.suppress(OSError):  # each write was flushed: one that failed has told
+            file.close()
 
 
 @contextlib.contextmanager
@@ -226,6 +227,7 @@ def _events(workdir: Path, say: Callable[[str], None]) -> Iterator[Callable[[int
 
     events = EventsWriter(str(workdir / "events"))  # not SummaryWriter: its thread and queue outlive a flush
 
+    @_naming(workdir / "events.out.tfevents.*")
     def event(step: int, when: float, values: dict[str, float]) -> None:
         summary = {"value": [{"tag": tag, "simple_value": value} for tag, value in values.items()]}
         events.write_event(Event(wall_time=when, step=step, summary=summary))
@@ -234,7 +236,8 @@ def _events(workdir: Path, say: Callable[[str], None]) -> Iterator[Callable[[int
     try:
         yield event
     finally:
-        events.close()
+        with contextlib.suppress(OSError):
+            events.close()
 
 
 # -- status.json and config.json ---------------------------------------------------------------------------------------
@@ -251,12 +254,22 @@ def replace_file(file: Path, content: str, sync: bool = False) -> None:
     With sync it does so after a power cut too; else it may then see an empty one.
     """
     part = file.with_name(f".{file.name}.{os.getpid()}")
-    with part.open("w", encoding="utf-8") as written:
+    with _naming(file), part.open("w", encoding="utf-8") as written:
         written.write(content)
         if sync:
             written.flush()
             os.fsync(written.fileno())
     part.replace(file)
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Around what writes to a file: that the disk is full is an OSError which does not name it by itself."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(file)
+        raise
 
 
 def _now() -> str:

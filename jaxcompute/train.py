@@ -28,7 +28,7 @@ import numpy as np
 
 from jaxcompute import checkpoint, distributed, flops, log, metrics, sharding, step, stops
 from jaxcompute.core import Batch, Experiment, Run, Source, State, Writer
-from jaxcompute.errors import BadInput, Elsewhere
+from jaxcompute.errors import BadInput, Elsewhere, line_of
 from jaxcompute.metrics import Last, Mean, Metrics
 
 # jitted residual blocks give NaN or garbage on processors with AVX-512 bf16; an empty fusion type mends it
@@ -405,18 +405,17 @@ def fit(
             if home:
                 checkpoint.clean(home / "checkpoints")  # before any is restored: it puts back what was being replaced
 
-        def ended(kind: Literal["done", "preempted", "failed"], at: int, why: object = "") -> str:
+        def ended(kind: Literal["done", "preempted", "failed"], at: int, message: str = "") -> str:
             """The digest of the State that is saved at this step."""
             digest = digest_of(home, at) if home else ""
             if home:
-                message = " ".join(str(why).split()) or (type(why).__name__ if why else "")
                 log.status(home, kind, step=at, of=exp.steps, message=message, digest=digest)
             return digest
 
-        def broken(why: object) -> None:
+        def broken(why: str, kind: Literal["preempted", "failed"] = "failed") -> None:
             with contextlib.suppress(OSError):  # on a full disk the error itself is what to tell
                 at = log.read_status(home).get("step", 0) if home else 0
-                ended("preempted" if isinstance(why, Preempted) else "failed", at, why)
+                ended(kind, at, why)
 
         alike = Preempted, NonFinite
         try:
@@ -424,7 +423,7 @@ def fit(
                 state = loop(exp, workdir, mesh, write, say, signals, stop, allow_changes, instruments)
         except BaseException as error:
             if not isinstance(error, BadInput | Elsewhere) or (home and running(home)):  # else nothing ran
-                broken(error)
+                broken(line_of(error), "preempted" if isinstance(error, Preempted) else "failed")
             raise
         at = int(jax.device_get(state.step))  # beyond the last, where a run was made shorter than it is
         if digest := ended("done", at):
@@ -566,7 +565,10 @@ def tells_of_memory(loop: Callable[..., State]) -> Callable[..., State]:
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            raise OutOfMemory(exp, mesh, None, None) from error
+            spent = OutOfMemory(exp, mesh, None, None)
+            for note in getattr(error, "__notes__", []):
+                spent.add_note(note)
+            raise spent from error
 
     return told
 

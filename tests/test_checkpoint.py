@@ -1,12 +1,10 @@
 """A checkpoint gives back every bit, or says which file or parameter is at fault."""
 
 import asyncio
-import contextlib
 import dataclasses
 import errno
 import json
 import os
-import resource
 import shutil
 import sys
 import threading
@@ -18,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from tiny import full_disk
 
 from jaxcompute import checkpoint
 from jaxcompute.checkpoint import Damaged, Saver
@@ -310,17 +309,6 @@ def test_a_damaged_step_is_replaced_when_the_run_passes_it(tmp_path):
     save(tmp_path, make_state(3), keep_last=1)
     assert checkpoint.steps(tmp_path) == [3]
     checkpoint.restore(tmp_path, 3, like(make_state()))
-
-
-@contextlib.contextmanager
-def full_disk(allowed: int):
-    """Every write past so many bytes of a file fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore's further failed writes

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
 from jaxcompute import log
@@ -291,3 +293,18 @@ def test_a_run_takes_away_its_own_rubbish_and_nothing_else(tmp_path: Path):
     with log.lock(tmp_path):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # tensorboardX leaves its file open
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.csv", "events.out.tfevents.*", "status.json"])
+def test_a_file_that_does_not_fit_the_disk_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if name.startswith("events"):
+        monkeypatch.setattr(log, "_sheet", lambda *_: contextlib.nullcontext(lambda step: None))
+    with pytest.raises(OSError, match=re.escape(f"too large: '{tmp_path / name}'")), tiny.full_disk(0):
+        if name == "status.json":
+            log.status(tmp_path, "running", step=1, of=2)
+        with log.writer(tmp_path, 0) as write:
+            if name != "metrics.jsonl":
+                (tmp_path / "metrics.jsonl").unlink()
+                (tmp_path / "metrics.jsonl").symlink_to("/dev/null")
+            write(1, {"train/loss": 0.5})

@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -12,12 +13,13 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 import tiny
 
 from jaxcompute import checkpoint, core, log, metrics, optim, sharding, train
 from jaxcompute.data import memory
-from jaxcompute.errors import BadInput
+from jaxcompute.errors import BadInput, line_of
 from jaxcompute.models.mlp import MLP
 
 quiet = lambda text: None  # noqa: E731
@@ -372,6 +374,23 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_its_step(bad, tmp_path):
     assert status["state"] == "failed"
     assert "step 8" in status["message"]
     assert checkpoint.steps(tmp_path / "checkpoints")[-1] == 6
+
+
+def test_a_save_that_fails_while_another_error_ends_the_run_is_told_with_it(tmp_path, monkeypatch):
+    def stuck(folder, *rest, written=checkpoint._write):
+        if folder.parent.name == "nonfinite":
+            return written(folder, *rest)
+        time.sleep(0.5)  # the loop is past its end by then
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_write", stuck)
+    exp = dataclasses.replace(tiny.mlp(**on(1, save_every=1)), optimizer=optax.sgd(1e30))
+    with pytest.raises(train.NonFinite) as caught:  # step 1 gives parameters that step 2 overflows by
+        fit(exp, tmp_path)
+    words = f"step 2: the loss or the gradient is not finite; step 1 was not saved in {tmp_path / 'checkpoints'}; "
+    assert line_of(caught.value).startswith(words) and "No space left" in line_of(caught.value)
+    assert log.read_status(tmp_path)["message"] == line_of(caught.value)
+    assert not checkpoint.steps(tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])

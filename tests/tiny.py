@@ -1,5 +1,7 @@
-"""Small experiments on made-up data, for tests of the core."""
+"""Small experiments on made-up data and a full disk, for tests of the core."""
 
+import contextlib
+import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,3 +80,14 @@ def equations(jaxpr: Any) -> Iterator[Any]:
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
                     yield from equations(inner)
+
+
+@contextlib.contextmanager
+def full_disk(allowed: int) -> Iterator[None]:
+    """Every write past so many bytes of a file fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

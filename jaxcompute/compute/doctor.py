@@ -25,6 +25,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from jaxcompute.compute import nvml, peaks
+from jaxcompute.errors import line_of
 from jaxcompute.log import quantity
 
 Verdict = Literal["pass", "warn", "fail"]
@@ -512,17 +513,13 @@ def _jax(cached: bool) -> dict[str, Any]:
         facts["bfloat16_broken"] = train.broken_bfloat16(devices[0].platform)
         facts["cache_hit"] = cached and _cache_hit(jax)
     except Exception as error:
-        return facts | {"jax_error": _line(error)}
+        return facts | {"jax_error": line_of(error)}
     try:
         jax.devices("cuda")
     except RuntimeError as error:
-        facts["cuda_error"] = _line(error)
+        facts["cuda_error"] = line_of(error)
     facts["tensorflow_loaded"] = "tensorflow" in sys.modules
     return facts
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _cache_hit(jax: Any) -> bool:

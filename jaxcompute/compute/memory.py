@@ -11,7 +11,7 @@ import jax
 
 from jaxcompute import sharding, step, train
 from jaxcompute.core import Experiment
-from jaxcompute.errors import BadInput
+from jaxcompute.errors import BadInput, line_of
 from jaxcompute.log import quantity
 
 
@@ -20,10 +20,10 @@ def advice(exp: Experiment, error: train.OutOfMemory) -> str:
     mesh = sharding.make_mesh(exp.config)
     free = error.free or limit(mesh)
     if free is None:
-        return str(error)
+        return line_of(error)
     fits = largest_batch(exp, mesh, free, error.need)
     found = "no batch fits" if fits is None else f"the largest that fits is --config.batch_size={fits}"
-    return f"{error}; {found}"
+    return f"{line_of(error)}; {found}"
 
 
 def limit(mesh: jax.sharding.Mesh) -> int | None:
