@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -351,6 +352,13 @@ class Saver:
                 shutil.rmtree(_discard(self.directory / str(step)), ignore_errors=True)
 
 
+def wait(directory: Directory, seconds: float) -> None:
+    """Until no save of this process is under way there, or so long: where its Saver is out of reach."""
+    until = time.monotonic() + seconds
+    while any(Path(directory).glob(f".tmp-*-{os.getpid()}")) and time.monotonic() < until:
+        time.sleep(0.05)
+
+
 def clean(directory: Directory) -> None:
     """Delete what killed runs left half-written or half-deleted. Only for the one process that saves here.
 
@@ -519,4 +527,7 @@ def _orbax() -> Any:
 
     # Its chatter goes through absl to the user's screen; its errors are raised anyway.
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    # Nor does it catch what it writes on a full disk after the first failure, which is raised.
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda told: None if "Event loop is closed" in str(told.exc_value) else hook(told)
     return ocp

@@ -417,9 +417,15 @@ def fit(
                 at = log.read_status(home).get("step", 0) if home else 0
                 ended(kind, at, why)
 
+        def lost(why: str) -> None:
+            """This process is about to end beside its loop, which may wait for another for ever; a save is finished."""
+            if home:
+                checkpoint.wait(home / "checkpoints", 60)
+            broken(why)
+
         alike = Preempted, NonFinite
         try:
-            with distributed.agreed(signals, alike, lost=broken) as stop:
+            with distributed.agreed(signals, alike, lost) as stop:
                 state = loop(exp, workdir, mesh, write, say, signals, stop, allow_changes, instruments)
         except BaseException as error:
             if not isinstance(error, BadInput | Elsewhere) or (home and running(home)):  # else nothing ran

@@ -311,7 +311,6 @@ def test_a_damaged_step_is_replaced_when_the_run_passes_it(tmp_path):
     checkpoint.restore(tmp_path, 3, like(make_state()))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore's further failed writes
 @pytest.mark.parametrize("allowed", [0, 100, 2000])
 def test_a_failed_save_is_told_and_leaves_the_rest(tmp_path, allowed, capfd):
     with Saver(tmp_path) as saver:
@@ -331,7 +330,6 @@ def test_a_failed_save_is_told_and_leaves_the_rest(tmp_path, allowed, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_leaving_the_block_waits_and_never_hides_a_lost_save(tmp_path):
     with pytest.raises(SystemExit), Saver(tmp_path) as saver:
         saver.save(make_state(1, size=10_000))

@@ -1,10 +1,11 @@
-"""A real process that saves at every step is killed again and again; a real file system fills up.
+"""A real process that saves at every step is killed again and again; a real file system fills up; runs end badly.
 
 `JAXCOMPUTE_KILLS=200 pytest tests/test_checkpoint_faults.py` for the long form.
 """
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,9 +18,10 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jaxcompute import checkpoint
+from jaxcompute import checkpoint, log
 from jaxcompute.core import State
 
+HERE = Path(__file__).parent
 KILLS = int(os.environ.get("JAXCOMPUTE_KILLS", "4"))
 
 
@@ -80,12 +82,12 @@ def test_killed_anywhere_every_listed_step_restores_and_none_reported_is_lost(tm
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 4 MiB of its own; root may mount one, others skip."""
+    """A file system of 4 MiB of its own; root may mount one, others skip, except in CI."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("may not mount a tmpfs")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("may not mount a tmpfs")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -116,6 +118,58 @@ def test_full_then_read_only_then_well(small_disk, capfd):
         saver.save(state_at(2))
     assert checkpoint.steps(directory) == [1, 2]
     assert capfd.readouterr() == ("", "")
+
+
+def run(workdir: Path, **fields: object) -> subprocess.CompletedProcess[str]:
+    """launch.py with faults/faulty.py, which ends one way or another."""
+    fields = {"features": "64,64", "steps": 10**6, "eval_every": 10**6} | fields
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    return subprocess.run(
+        [sys.executable, str(HERE / "faults/faulty.py"), "--experiment=faulty", f"--workdir={workdir}", *flags],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": f"{HERE.parent}:{HERE}", "JAX_PLATFORMS": "cpu"},
+    )
+
+
+def test_a_run_whose_disk_is_full_ends_within_a_save_period_and_says_why(tmp_path):
+    ended = run(tmp_path, save_every=500, log_every=25, full_at=700)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    failed = f"step 1000 was not saved in {tmp_path / 'checkpoints'}; older steps are as they were: "
+    assert last.startswith(failed) and "to go on: " in last
+    assert log.read_status(tmp_path)["state"] == "failed" and failed in log.read_status(tmp_path)["message"]
+    assert 1000 <= max(log.read(tmp_path)) < 1500
+    assert checkpoint.steps(tmp_path / "checkpoints") == [500]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["500"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "words"),
+    [
+        ({"by": "exit", "end_at": 7}, 1, "step 5 was not saved"),
+        ({"by": "bad input", "end_at": 7}, 2, "the batch is damaged; step 5 was not saved"),
+        (
+            {"save_every": 2, "learning_rate": 1e30, "steps": 10},
+            1,
+            "step 3: .* not finite; step 2 was not saved.*--mode=replay",
+        ),
+    ],
+    ids=["sys.exit", "bad input", "not finite"],
+)
+def test_no_way_out_hides_a_save_that_failed_under_way(fields, code, words, tmp_path):
+    ended = run(tmp_path, **{"save_every": 5, "full_at": 1} | fields)
+    assert ended.returncode == code and "Traceback" not in ended.stderr, ended.stderr
+    assert re.search(words, ended.stderr.splitlines()[-1]), ended.stderr
+    assert re.search(words.removesuffix(".*--mode=replay"), log.read_status(tmp_path)["message"])
+    assert not checkpoint.steps(tmp_path / "checkpoints")
+
+
+def test_sys_exit_waits_for_the_save_under_way(tmp_path):
+    ended = run(tmp_path, save_every=5, by="exit", end_at=7, slow=1.0)
+    assert ended.returncode == 0, ended.stderr
+    assert checkpoint.steps(tmp_path / "checkpoints") == [5]
 
 
 if __name__ == "__main__":

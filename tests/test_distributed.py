@@ -35,7 +35,7 @@ class Several:
     ):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
         env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         flags = [f"--coordinator={at}:{port}", f"--processes={n}"]
         self.said = [tempfile.TemporaryFile("w+") for _ in range(n)]  # noqa: SIM115 -- closed by end
@@ -162,6 +162,18 @@ def test_what_one_process_cannot_use_ends_all_with_one_line(tmp_path):
     (line,) = ended[1][1]
     assert "run has a checkpoint of step 7 and no config.json" in line
     assert not (tmp_path / "a/run").exists()
+
+
+def test_the_save_under_way_is_finished_when_another_process_fails(tmp_path):
+    fields = {"features": 16, "save_every": 5, "slow": 5.0, "end_at": 9, "by": "process 1"}
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    run = Several([str(ROOT / "tests/faults/faulty.py"), "--experiment=faulty", f"--workdir={tmp_path}", *flags])
+    (code, said), (other_code, other_said) = run.end()
+    assert (code, other_code) == (1, 1), (said, other_said)
+    assert "process 1 failed: no more" in said
+    status = log.read_status(tmp_path)
+    assert (status["state"], status["step"]) == ("failed", 5)
+    assert status["digest"] == checkpoint.manifest(tmp_path / "checkpoints", 5)["digest"]
 
 
 LOOP = """
