@@ -112,10 +112,9 @@ def benchmark(folder: Path, kills: int, minutes: float, rng: random.Random) -> d
             problems.append(f"life {kill} ended by itself: {verify.screen(killed).read_text().splitlines()[-1:]}")
             break
         landed[where] += 1
-        if at is not None:
-            resumed += 1
-            if at != newest:
-                wrong(WRONG[1], f"life {kill} went on at step {at}; the newest listed was {newest}")
+        resumed += at is not None
+        if (at or 0) != newest and (at is not None or where not in ("start", "restore")):
+            wrong(WRONG[1], f"life {kill} went on at step {at or 0}; the newest listed was {newest}")
         listed = checkpoint.steps(directory)
         for step in listed:
             try:

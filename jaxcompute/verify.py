@@ -1,7 +1,8 @@
 """`--mode=verify_resume`: is a run that is killed the unbroken run? On the user's own experiment and machine.
 
 Two short runs of the same command in processes of their own: one is left alone, one gets SIGKILL again and again. Then
-every State that was saved and every metric that was logged is compared, by bits.
+every State that was saved and every metric that was logged is compared, by bits; and each life must have said that it
+went on from the newest State, as one that always begins anew comes to the same bits.
 """
 
 import json
@@ -50,7 +51,7 @@ def resume(command: Sequence[str], flags: Sequence[str], kills: int = 4, say: Ca
     times = [checkpoint.manifest(unbroken / "checkpoints", step)["time"] for step in saved]
     say(f"the unbroken run took {took:.1f} s and saved {len(saved)} times")
 
-    rng, moments = random.Random(0), []
+    rng, moments, anew, newest = random.Random(0), [], [], 0
     while len(moments) < kills:
         # by turns shortly after a save of this life, and anywhere: while it starts, restores or compiles
         saves, most = (0, took) if len(moments) % 2 else (rng.randint(1, 2), 2 * (times[-1] - times[0]) / len(times))
@@ -63,10 +64,13 @@ def resume(command: Sequence[str], flags: Sequence[str], kills: int = 4, say: Ca
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        finally:
+            anew += begun_anew(killed, newest)
         moments.append(time.time())
         newest = max(checkpoint.steps(killed / "checkpoints"), default=0)
         say(f"kill {len(moments)}: the newest State on the disk is of step {newest}")
     finish(start(killed), killed)
+    anew += begun_anew(killed, newest)
 
     states = [
         (step, one[:16], other[:16], sum(moment < when for moment in moments), "yes" if one == other else "NO")
@@ -74,16 +78,24 @@ def resume(command: Sequence[str], flags: Sequence[str], kills: int = 4, say: Ca
     ]
     unlike = differences(unbroken, killed)
     say(log.table(states, ("step", "unbroken", "killed", "kills before", "equal")))
-    for line in unlike[:10]:
+    for line in [*anew, *unlike[:10]]:
         say(line)
     equal = [state[-1] for state in states].count("yes")
     say(f"{len(moments)} kills: {equal} of {len(states)} States equal in every bit, {len(unlike)} metrics differ")
-    if equal == len(states) and not unlike and moments:
+    if equal == len(states) and not unlike and not anew and moments:
         shutil.rmtree(folder)
         return True
     why = "on a GPU add --config.deterministic" if moments else "too short to be killed: more steps"
     say(f"NOT SHOWN ({why}); both runs are in {folder}")
     return False
+
+
+def begun_anew(workdir: Path, newest: int) -> list[str]:
+    """A line where the run that has ended trained, and did not go on from the newest State there was."""
+    said = screen(workdir).read_text()
+    if not newest or "compiled in" not in said or f"resuming at step {newest:,} " in said:
+        return []
+    return [f"a run began anew, and the State of step {newest} was there"]
 
 
 def screen(workdir: Path) -> Path:

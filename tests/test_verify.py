@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from jaxcompute import verify
 
 ROOT = Path(__file__).parents[1]
@@ -43,8 +45,15 @@ def test_what_differs_is_named(tmp_path):
     ]
 
 
-def test_another_seed_is_noticed(tmp_path, monkeypatch):
-    """A run whose seed is its start time: each life is another run."""
+@pytest.mark.parametrize(
+    ("at", "value", "words"),
+    [
+        ("max(checkpoint.steps(workdir / 'checkpoints'), default=0)", "time.time() % 1000", "0 of 8 States equal"),
+        ("0", "0", "a run began anew, and the State of step "),
+    ],
+    ids=["another run each time", "always from the start"],
+)
+def test_a_run_that_does_not_resume_is_noticed(at, value, words, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where both runs are kept
     program = tmp_path / "program.py"
     program.write_text(
@@ -56,13 +65,13 @@ def test_another_seed_is_noticed(tmp_path, monkeypatch):
         "workdir = pathlib.Path(sys.argv[-1].removeprefix('--workdir='))\n"
         "def state(step, value): return State(jnp.int32(step), jnp.float32(value), {}, (), jax.random.key(0))\n"
         "with checkpoint.Saver(workdir / 'checkpoints', keep_last=99) as saver:\n"
-        "    at = max(checkpoint.steps(workdir / 'checkpoints'), default=0)\n"
-        "    value = time.time() % 1000\n"
+        f"    at, value = {at}, {value}\n"
+        "    print('resuming at step', at, 'of 8; compiled in 0 s', flush=True)\n"
         "    for step in range(at + 1, 9):\n"
         "        saver.save(state(step, value))\n"
         "        time.sleep(0.1)\n"
         "(workdir / 'metrics.jsonl').write_text('')\n"
     )
     said = []
-    assert not verify.resume([sys.executable, str(program)], [], kills=1, say=said.append)
-    assert "0 of 8 States equal" in said[-2]
+    assert not verify.resume([sys.executable, str(program)], [], kills=2, say=said.append)
+    assert any(words in line for line in said), said
