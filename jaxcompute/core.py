@@ -93,7 +93,7 @@ class Source(Protocol):
     def feed(self, step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]:
         """On the host: the arrays the compiled call is given for this step.
 
-        Of a source that is not resident, the rows of host `index` of `count`: equal parts, one after the other.
+        Of a source that is not resident, the rows of part `index` of `count` equal ones, one after the other.
         """
         ...
 

@@ -78,6 +78,24 @@ def rows(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def share(mesh: Mesh) -> tuple[int, int]:
+    """Which of how many equal parts of a batch this process's devices hold; others hold it too, where they share rows.
+
+    Raises:
+        BadInput: what they hold is no such part.
+    """
+    groups = mesh.devices.reshape(rows(mesh), -1)
+    held = [i for i, group in enumerate(groups) if any(d.process_index == jax.process_index() for d in group)]
+    index, count = held[0] // len(held), len(groups) // len(held)
+    if held != [*range(index * len(held), (index + 1) * len(held))] or len(groups) % len(held):
+        sizes = " x ".join(f"mesh_{axis}={size}" for axis, size in mesh.shape.items())
+        raise BadInput(
+            f"--config.{sizes}: the {len(groups)} parts of a streamed batch do not lie evenly on the "
+            f"{jax.process_count()} processes; give sizes by which each holds as many, whole"
+        )
+    return index, count
+
+
 def make_deterministic() -> None:
     """Have XLA run, on GPUs, only operations that give the same bits each time, and tune none by the clock.
 

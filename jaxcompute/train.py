@@ -276,6 +276,7 @@ class Feeder:
     def __init__(self, mesh: jax.sharding.Mesh, source: Source, steps: int, name: str = "", classes: int = 0):
         self.source, self.steps, self.name, self.classes = source, steps, name, classes
         self.split = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+        self.part = (0, 1) if source.resident else sharding.share(mesh)  # of how many, that this process reads
         self.resident = sharding.put(mesh, sharding.WHOLE, source.feed(0)) if source.resident else None
         self.like: Any = self.resident or {  # what a call is traced with
             name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.split)
@@ -296,14 +297,17 @@ class Feeder:
         return self.coming.pop(at).result()
 
     def _put(self, at: int) -> Batch:
-        rows = self.source.feed(at, jax.process_index(), jax.process_count())
+        rows = self.source.feed(at, *self.part)
         self._alike(at, rows)
         check_labels(f"{self.name}: step {at}", rows, self.classes)
-        return {name: jax.make_array_from_process_local_data(self.split, array) for name, array in rows.items()}
+        return {
+            name: jax.make_array_from_process_local_data(self.split, array, self.like[name].shape)
+            for name, array in rows.items()
+        }
 
     def _alike(self, at: int, rows: dict[str, np.ndarray]) -> None:
         """Raises Recompile where a batch has other shapes or dtypes than it was announced with."""
-        parts = jax.process_count()
+        parts = self.part[1]
         wanted = {name: f"{x.dtype} {[x.shape[0] // parts, *x.shape[1:]]}" for name, x in self.like.items()}
         kinds = {name: f"{x.dtype} {list(x.shape)}" for name, x in rows.items()}
         if kinds != wanted:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import worker
+from PIL import Image
 
 from jaxcompute import checkpoint, distributed, log
 from jaxcompute.errors import BadInput
@@ -99,6 +100,9 @@ def test_batches_and_checkpoints_do_not_know_how_many_devices_and_processes_ther
     whole = worker.split_run(tmp_path / "half", mesh_data=1, mesh_fsdp=4)
     shutil.copytree(tmp_path / "half", tmp_path / "four")
     shutil.rmtree(tmp_path / "half/checkpoints/6")
+    for i in range(11):
+        (tmp_path / f"pictures/{i % 3}").mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((6, 4), 20 + 20 * i).convert("RGB").save(tmp_path / f"pictures/{i % 3}/{i}.png")
     (code, said), (other_code, other_said) = Several([str(ROOT / "tests/worker.py"), str(tmp_path)]).end()
     assert (code, other_code) == (0, 0), (said, other_said)
     assert said == other_said == ["(36, 256)"]  # each process holds half of the kernel
@@ -108,6 +112,9 @@ def test_batches_and_checkpoints_do_not_know_how_many_devices_and_processes_ther
     for precision, tolerance in (("float64", 1e-12), ("float32", 1e-6)):
         one = worker.losses(precision, mesh_data=1)
         np.testing.assert_allclose(two_processes.pop(precision), one, rtol=tolerance)
+    one = worker.losses("float64", tmp_path / "pictures", mesh_data=1)
+    for layout in ("streamed", "streamed, whole to each"):
+        np.testing.assert_allclose(two_processes.pop(layout), one, rtol=1e-12, err_msg=layout)
     for devices in (1, 2, 4):
         here = worker.augmented({"mesh_data": devices})
         assert here.keys() == two_processes.keys()

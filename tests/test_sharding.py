@@ -4,6 +4,7 @@ import platform
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,31 @@ def test_a_split_batch_lies_over_all_devices():
     placed = sharding.put(mesh, sharding.BATCH, {"label": np.arange(8)})
     shares = sorted(shard.data.tolist() for shard in placed["label"].addressable_shards)
     assert shares == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("owners", "model", "shares"),
+    [
+        ([0, 1], 1, [(0, 2), (1, 2)]),
+        ([0, 0, 1, 1], 1, [(0, 2), (1, 2)]),
+        ([0, 1, 2, 3], 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # a process a GPU: two hold the same rows
+        ([0, 0, 1, 1], 4, [(0, 1), (0, 1)]),
+        ([0, 0, 1], 1, [None, (2, 3)]),
+        ([0, 1, 0, 1], 1, [None, None]),
+        ([0, 0, 0, 1, 1, 1], 2, [None, None]),
+    ],
+)
+def test_a_process_reads_the_rows_that_its_devices_hold(owners, model, shares, monkeypatch):
+    devices = [types.SimpleNamespace(process_index=owner) for owner in owners]
+    shape = {"data": len(owners) // model, "fsdp": 1, "model": model}
+    mesh = types.SimpleNamespace(shape=shape, devices=np.array(devices).reshape(*shape.values()))
+    for process, share in enumerate(shares):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        if share:
+            assert sharding.share(mesh) == share
+        else:
+            with pytest.raises(BadInput, match=f"mesh_model={model}: the {shape['data']} parts .* do not lie evenly"):
+                sharding.share(mesh)
 
 
 def test_rules_see_paths():

@@ -52,23 +52,34 @@ def split_run(folder: Path, **fields):
     return train.fit(dataclasses.replace(exp, classes=()), folder, say=lambda text: None, allow_changes=True)
 
 
-def losses(precision: str, **fields):
-    """Of each of 20 steps of an MLP."""
+def losses(precision: str, pictures: Path | None = None, **fields):
+    """Of each of 20 steps of an MLP, and of the evaluation after them; of images that are streamed, where some are."""
     import jax
     import numpy as np
     import tiny
+    from jax.sharding import PartitionSpec
 
-    from jaxcompute import train
+    from jaxcompute import sharding, train
+    from jaxcompute.data import sources, stream
 
     seen: dict[int, float] = {}
 
     def write(at: int, values: dict[str, float]) -> None:
         seen.update({at: values["train/loss"]} if "train/loss" in values else {})
+        seen.update({21: values["eval/loss"]} if "eval/loss" in values else {})
 
     with jax.enable_x64(precision == "float64"):
         exp = tiny.mlp(steps=20, log_every=1, eval_every=20, precision=precision, **fields)
+        if pictures:
+            records, fit, workers = sources.files(pictures, pictures)[0], stream.whole(6), stream.Workers(1)
+            exp = dataclasses.replace(
+                exp,
+                train=stream.shuffled(records, 8, 0, fit, workers),
+                eval=stream.in_order(records, 8, fit, workers),
+                rule=sharding.by_pattern({"Dense_0/kernel": PartitionSpec(None, "model")}),
+            )
         train.fit(exp, write=write, say=lambda text: None)
-    return np.array([seen[at] for at in range(1, 21)])
+    return np.array([seen[at] for at in range(1, 22)])
 
 
 def main() -> None:
@@ -81,6 +92,8 @@ def main() -> None:
     folder, flags = Path(sys.argv[1]), [argument.partition("=")[2] for argument in sys.argv[2:]]
     distributed.start(flags[0], int(flags[1]), int(flags[2]))
     bits = augmented({}) | {precision: losses(precision) for precision in ("float64", "float32")}
+    bits["streamed"] = losses("float64", folder / "pictures")
+    bits["streamed, whole to each"] = losses("float64", folder / "pictures", mesh_data=1, mesh_model=2)
     if jax.process_index() == 0:
         np.savez(folder / "bits.npz", **bits)
     state = split_run(folder / "new", mesh_fsdp=2)
