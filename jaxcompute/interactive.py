@@ -53,7 +53,7 @@ def fit(exp: Experiment, workdir: str | Path | None = None, live: bool = True) -
         live: draw, where there is a notebook to draw in.
 
     Raises:
-        BadInput, NonFinite, Preempted: as `train.fit`.
+        As `train.fit`.
     """
     workdir = Path(workdir) if workdir else None
     rows = log.read(workdir) if workdir else {}  # what a run that goes on writes again, it writes the same
@@ -110,6 +110,8 @@ def evaluate(exp: Experiment, state: State) -> dict[str, Any]:
 
 def predict(exp: Experiment, state: State, images: np.ndarray) -> np.ndarray:
     """Probabilities of the classes, by the averaged parameters where they are kept.
+
+    By one forward pass, whatever the experiment's `eval_step` does.
 
     Args:
         exp: a classifier whose `prepare` asks for no label.

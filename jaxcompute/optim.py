@@ -49,7 +49,7 @@ def decay_mask(params: PyTree) -> PyTree:
 def sgd(
     learning_rate: optax.ScalarOrSchedule, momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
-    """Momentum, and L2 decay of kernels: decay * kernel joins the gradient before momentum, as in He et al. 2015."""
+    """Momentum, Nesterov's by default, and L2 decay of kernels: decay * kernel joins the gradient before momentum."""
     return optax.chain(
         optax.add_decayed_weights(weight_decay, decay_mask),
         optax.sgd(learning_rate, momentum, nesterov),

@@ -1,4 +1,4 @@
-"""Devices: the mesh, the rules that place parameters, the placing of batches. The only file that knows devices.
+"""Devices: the mesh, the rules that place parameters, the placing of batches.
 
 Models and steps know nothing of this: under `jit` a sharded batch makes XLA add the collectives, and batch norm covers
 the global batch by construction.
@@ -29,6 +29,8 @@ DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 def make_mesh(config: Run, devices: list[Any] | None = None) -> Mesh:
     """A mesh [data, fsdp, model] of the sizes in the config, over the first devices of the list.
+
+    Sets before it what must be set before jax starts its devices.
 
     Raises:
         BadInput: there are too few devices, or some would be left over; names the sizes that would fit. Or it is too

@@ -1,7 +1,7 @@
 """The training step, pure: no device, file, clock or flag.
 
     init       (experiment, batch)          -> State
-    forward    (experiment, params, ...)    -> outputs
+    forward    (experiment, params, ...)    -> outputs, mutable
     train_step (experiment, state, batch)   -> State, metrics
     eval_step  (experiment, state, batch)   -> metrics
 

@@ -70,10 +70,10 @@ class OutOfMemory(Exception):
         config = exp.config
         knobs = ["a smaller --config.batch_size"]
         platform = mesh.devices.flat[0].platform
-        if config.accumulate < config.batch_size // mesh.size and platform not in step.UNROLLED:
+        if config.accumulate < config.batch_size // sharding.rows(mesh) and platform not in step.UNROLLED:
             knobs.append(f"--config.accumulate={2 * config.accumulate} or more (--fit_memory finds it)")
-        if mesh.shape["fsdp"] == 1 and mesh.size > 1:
-            knobs.append(f"--config.mesh_fsdp={mesh.size} to split the parameters")
+        if mesh.shape["fsdp"] == 1 and sharding.rows(mesh) > 1:
+            knobs.append(f"--config.mesh_fsdp={sharding.rows(mesh)} to split the parameters")
         if config.precision == "float32" and platform == "gpu":
             knobs.append("--config.precision=bfloat16")
         needs = "does not fit" if need is None else f"needs {log.quantity(need, 'B')} a device"
@@ -396,6 +396,8 @@ def fit(
         Preempted: a signal of `stops` came; the State has been saved.
         OutOfMemory: the step doesn't fit the devices' memory, by the forecast before step 0 or as it ran.
         Recompile: the batches changed their shape or dtype under way.
+        OSError: a save or a log could not be written.
+        Elsewhere: another process failed.
     """
     instruments = instruments or Instruments()
     with stop_signals() as signals, contextlib.ExitStack() as held:
@@ -681,7 +683,7 @@ def loop(
         def assess(carried: list[Any]) -> None:
             """Evaluates and saves. A signal breaks it off: the run that goes on owes it, and begins with it."""
             results = evaluate(program, state, alone)
-            if not results:
+            if alone and not results:
                 save({}, carried, owed=True)
                 halt()
             scalars = {name: value for name, value in results.items() if isinstance(value, float)}
@@ -834,16 +836,16 @@ class Ahead:
     """
 
     def __init__(self, seconds: float = 1.0, most: int | None = None):
-        self.seconds, self.limit = seconds, most
-        self.calls, self.most, self.since = 0, 1, time.perf_counter()
+        self.seconds, self.most = seconds, most
+        self.calls, self.quota, self.since = 0, 1, time.perf_counter()
 
     def hold(self, newest: Any) -> None:
         """Before a call; waits for the call before, `newest`, once in so many calls as lately took `seconds`."""
-        if self.calls >= self.most:
+        if self.calls >= self.quota:
             jax.block_until_ready(newest)
             now = time.perf_counter()
-            self.most = max(1, int(self.calls * self.seconds / (now - self.since)))
-            self.most = min(self.most, self.limit or self.most)
+            quota = max(1, int(self.calls * self.seconds / (now - self.since)))
+            self.quota = min(quota, self.most or quota)
             self.calls, self.since = 0, now
         self.calls += 1
 
@@ -870,7 +872,6 @@ class Clock:
         self.hosts = self.mesh.size / len(self.mesh.local_devices)  # the meter is of this one, and taken for all alike
         self.peak = instruments.peak(self.mesh.devices.flat[0].device_kind, config.precision)
         self.flops = program.flops() if self.peak else 0.0  # of a step
-        self.wait = 0.0
         self.restart(at)
         self.began = self.since
 
@@ -878,7 +879,7 @@ class Clock:
         return Reading(time.perf_counter(), self.meter())
 
     def restart(self, at: int) -> None:
-        self.at, self.since = at, self.read()
+        self.at, self.since, self.wait = at, self.read(), 0.0
 
     def kwh(self) -> float | None:
         """Used since the first step of this process, evaluations and saves with it."""
