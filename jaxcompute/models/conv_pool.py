@@ -33,7 +33,7 @@ class ConvPool(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (*self.window, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        padding = ((self.padding, self.padding),) * 2
+        padding = ((self.padding, self.padding), (self.padding, self.padding))
         sizes = [x.shape[i + 1] + 2 * self.padding - self.window[i] + 1 for i in (0, 1)]
         own = (
             jax.default_backend() == "cpu"
@@ -114,7 +114,8 @@ def input_gradient(kernel: jax.Array, dy: jax.Array) -> jax.Array:
     seen = jnp.stack([dy[:, tall - 1 - i : tall - 1 - i + rows] for i in range(tall)])
     dx = kernels.reshape(wide * 4 * channels, -1) @ seen.reshape(seen.shape[0] * seen.shape[1], -1)
     dx = beside(dx.reshape(wide, channels, 2, 2, rows, -1, seen.shape[-1]), wide - 1, 5)
-    dx = sum(dx[j, ..., wide - 1 - j : wide - 1 - j + columns, :] for j in range(wide))
+    parts = [dx[j, ..., wide - 1 - j : wide - 1 - j + columns, :] for j in range(wide)]
+    dx = sum(parts[1:], start=parts[0])
     return dx.transpose(0, 3, 1, 4, 2, 5).reshape(channels, 2 * rows, 2 * columns, -1)
 
 
