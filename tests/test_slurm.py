@@ -32,6 +32,7 @@ def test_a_dry_run_prints_the_script_and_needs_no_slurm(launcher, tmp_path):
     options = {line for line in ended.out.splitlines() if line.startswith("#SBATCH")}
     asked = {"nodes=2", "gpus-per-node=8", "ntasks-per-node=8", "time=4:00:00", "partition=gpu", "signal=TERM@120"}
     assert {f"#SBATCH --{option}" for option in [*asked, "requeue", "open-mode=append"]} <= options
+    assert "\nsrun " in ended.out and " --wait=60 " in ended.out  # else a process that is stopped would hold the job
     assert f"{' '.join([LAUNCH[0], '-u', LAUNCH[1], *SMALL])} --workdir={tmp_path}/run\n" in ended.out
     assert 'case $code in 138|143) scontrol requeue "$SLURM_JOB_ID" ;; esac\nexit $code\n' in ended.out
     assert not list(tmp_path.iterdir())

@@ -31,6 +31,9 @@ try:
 except ModuleNotFoundError:
     raise BadInput("--launcher=slurm needs submitit: pip install -e '.[slurm]'") from None
 
+# Seconds a process may outlive the first of its job to end. Without it one that is stopped holds all nodes until time
+# is up. By --kill-on-bad-exit the others get SIGTERM and exit with 143, and a run that failed is put into the queue.
+WAIT = 60
 GRACE = 120  # seconds from SIGTERM to the end of a job's time: for a step, an evaluation and a save
 STOPPED = [128 + number for number in sorted(stops.CLUSTER)]  # exit codes of a run that saved itself
 REQUEUE = f"""
@@ -99,6 +102,7 @@ def executor(
         ntasks_per_node=max(1, gpus_per_node),
         time=time,
         stderr_to_stdout=True,
+        srun_args=[f"--wait={WAIT}"],
         teardown=REQUEUE.strip().splitlines(),
         additional_parameters=options,
         **({"gpus_per_node": gpus_per_node} if gpus_per_node else {}),
