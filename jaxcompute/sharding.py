@@ -226,7 +226,7 @@ def _checked(path: tuple[str, ...], leaf: Any, spec: PartitionSpec, mesh: Mesh) 
         axes = _axes(PartitionSpec(part))
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if size % parts:
-            fit = ", ".join(str(n) for n in range(1, min(size, jax.device_count()) + 1) if size % n == 0)
+            fit = ", ".join(str(n) for n in range(1, mesh.size + 1) if size % n == mesh.size % n == 0)
             raise BadInput(
                 f"{name} [{shape}] does not split as {spec}: {size} over {parts} devices; "
                 f"--config.mesh_{axes[0]} of {fit} would fit"

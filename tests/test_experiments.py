@@ -112,6 +112,22 @@ def test_cifar_resnet_begins_with_small_images_and_muon_takes_its_convolutions(d
             assert np.linalg.norm(leaf) == pytest.approx(leaf.shape[-1] ** 0.5, rel=0.15)
 
 
+def test_cifar_resnet_of_depth_8_trains_on_four_devices_as_on_one(data_dir):
+    del data_dir
+    losses: dict[int, list[float]] = {1: [], 4: []}
+    with jax.enable_x64(True):
+        for devices, seen in losses.items():
+            exp = build("cifar_resnet", precision="float64", steps=20, batch_size=8, mesh_data=devices)
+            exp = dataclasses.replace(exp, model=resnet.ResNet((1, 1, 1)))
+
+            def write(at, values, seen=seen):
+                seen += [values["train/loss"]] if "train/loss" in values else []
+
+            train.fit(exp, write=write, say=lambda text: None)
+    assert len(losses[1]) == 20
+    np.testing.assert_allclose(losses[4], losses[1], rtol=1e-12)
+
+
 def test_imagenet_resnet50_begins_with_small_crops(tmp_path, monkeypatch):
     fields = {"steps": 8, "small_size": 16, "small_epochs": 2.0}  # 3 steps of 4 out of 6
     exp = build("imagenet_resnet50", **pictures(tmp_path) | SMALL["imagenet_resnet50"] | fields)
