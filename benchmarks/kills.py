@@ -139,6 +139,8 @@ def benchmark(folder: Path, kills: int, minutes: float, rng: random.Random) -> d
             print(f"{kill} kills, {time.monotonic() - began:.0f} s, step {newest}: {dict(landed)}", flush=True)
 
     verify.finish(start(killed, fields), killed)
+    for line in verify.begun_anew(killed, newest):
+        wrong(WRONG[1], line)
     for name in rubbish(killed):
         wrong(WRONG[2], f"at the end: {name}")
     for step in checkpoint.steps(directory):
