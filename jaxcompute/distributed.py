@@ -79,7 +79,7 @@ def start(
                 coordinator, processes, process, ids = clusters.ClusterEnv.auto_detect_unset_distributed_params(
                     None, None, None, None, None, 300
                 )
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # jax's own, or of the package that asks Kubernetes
             raise BadInput(_unknown(error)) from None
     if coordinator is None or processes is None or process is None:
         raise BadInput(_unknown("jax does not know this launcher"))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -293,3 +294,18 @@ def test_a_launcher_of_several_is_told_from_a_shell(env, found, monkeypatch):
     if found:  # and what jax cannot find out is a line
         with pytest.raises(BadInput, match=r"a launcher started several processes: .*; give --coordinator"):
             distributed.start()
+
+
+def test_a_pod_that_cannot_ask_its_cluster_is_told_in_one_line(monkeypatch):
+    class ConfigException(Exception):
+        """As the package has it."""
+
+    def load_incluster_config():
+        raise ConfigException("Service token file does not exist.")
+
+    config = types.SimpleNamespace(load_incluster_config=load_incluster_config)
+    monkeypatch.setitem(sys.modules, "kubernetes", types.SimpleNamespace(config=config))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    with pytest.raises(BadInput, match=r"several processes: Service token file does not exist\.; give --coordinator"):
+        distributed.start()
