@@ -60,7 +60,7 @@ def start(
         coordinator: HOST:PORT of process 0, as the others reach it.
         processes: how many there are.
         process: which this is, from 0.
-        heartbeat_timeout: seconds of silence after which jax takes a process for lost, and ends the others.
+        heartbeat_timeout: seconds of silence within which a process is taken for lost, and the others end.
         step_timeout: seconds that the loop of `agreed` may stand still; 0: any.
 
     Raises:
@@ -203,6 +203,7 @@ def agreed(
         return
     client, key, me = _client(), f"jaxcompute/{next(_calls)}", jax.process_index()
     reached, last = 0, sys.maxsize  # steps: that this loop has asked about, and beyond which it stops
+    quiet = 0.3 * _silence  # seconds; jax takes half of it, at the least
     moving, ended, answered = threading.Lock(), threading.Event(), time.monotonic()
 
     def say(word: str) -> None:
@@ -215,6 +216,8 @@ def agreed(
             word, _, message = client.blocking_key_value_get(f"{key}/word", 2**31 - 1).partition(" ")
         except jax.errors.JaxRuntimeError:  # jax ends this process too, with more words
             end("process 0, which coordinates the others, is lost", stacks=True)
+        if word == "lost":
+            end(message, stacks=True)
         if word == "failed":
             if silent := roll_call():
                 message = f"process {' and '.join(map(str, silent))} does not answer: it is lost ({message})"
@@ -227,18 +230,29 @@ def agreed(
                 signals.insert(0, int(word))
                 last = max(int(at) for _, at in client.key_value_dir_get(f"{key}/at/"))
 
-    def ask() -> None:
-        """The coordinator, now and then: one that is stopped keeps its connections, and jax would not name it."""
+    def beat() -> None:
+        """Show process 0, now and then, that this one runs; it looks whose beats stand still.
+
+        A process that is stopped keeps its connections: jax would notice, and abort all with no word to `lost`.
+        """
         nonlocal answered
-        while not ended.wait(1.0):
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # no such key is an answer
-                client.key_value_try_get(f"{key}/at/{me}")
-            answered = time.monotonic()
+        heard: dict[tuple[str, str], float] = {}  # by process and its newest beat, since when
+        for count in itertools.count():
+            if ended.wait(_silence / 20):
+                return
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                client.key_value_set(f"{key}/beat/{me}", str(count), allow_overwrite=True)
+                answered = time.monotonic()
+                beats = client.key_value_dir_get(f"{key}/beat/") if me == 0 else []
+                heard = {beat: heard.get(beat, answered) for beat in beats}
+            silent = sorted(int(at.rpartition("/")[2]) for (at, _), since in heard.items() if answered - since > quiet)
+            if silent:
+                say(f"lost process {' and '.join(map(str, silent))} does not answer: it is lost")
 
     def watch() -> None:
         """Whatever holds the loop up, a peer or its own Python, ends in the limit."""
         while not ended.wait(1.0):
-            if time.monotonic() - answered > 0.4 * _silence:  # jax takes half of it, at the least
+            if time.monotonic() - answered > quiet:
                 end("process 0, which coordinates the others, does not answer: it is lost", stacks=True)
             if _limit and time.monotonic() - _moved > _limit:
                 message = f"process {me}: step {reached + 1:,} {LATE} of {_limit:g} s (--step_timeout)"
@@ -284,7 +298,7 @@ def agreed(
             return at > last
 
     moved()
-    threads = [threading.Thread(target=target, name=target.__name__, daemon=True) for target in (listen, ask, watch)]
+    threads = [threading.Thread(target=target, name=target.__name__, daemon=True) for target in (listen, beat, watch)]
     for thread in threads:
         thread.start()
     word = "end"
