@@ -1,6 +1,6 @@
 """Do two hosts train as one process does? The first steps of cifar_resnet and a whole evaluation, in float64.
 
-    sudo python benchmarks/hosts.py     five minutes of a processor; leaves benchmarks/results/hosts-<date>.json
+    sudo python benchmarks/hosts.py     some minutes of a processor; leaves benchmarks/results/hosts-<date>.json
 
 Each host is a network namespace of this machine with an address, a name and a loopback of its own; one wire joins the
 two. On each runs `launch.py`, which finds the other by address alone. Every value that they log, of training and of the
@@ -39,7 +39,7 @@ class NotAllowed(Exception):
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--experiment", default="cifar_resnet")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=20)
     today = datetime.datetime.now(datetime.UTC).date()
     parser.add_argument("--out", type=Path, default=ROOT / f"benchmarks/results/hosts-{today}.json")
     given = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Two hosts of benchmarks/hosts.py: network namespaces, joined by one wire."""
+"""Two hosts of benchmarks/hosts.py: network namespaces and one wire; where there may be none, skipped, even in CI."""
 
 import json
 import math
