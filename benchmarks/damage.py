@@ -1,13 +1,13 @@
-"""Damage the checkpoint of a real run 500 times, a file at a time, and look at whether anything passes in silence.
+"""Damage the checkpoint of a real run 600 times, a file at a time, and look at whether anything passes in silence.
 
     python benchmarks/damage.py            about two minutes; leaves benchmarks/results/damage-<date>.json
     python benchmarks/damage.py --trials=20 --out=/tmp/damage.json
 
 `launch.py` trains digits_mlp and saves four times. Each trial damages one file of the newest step, every file by turns:
-one bit flipped, cut at a random byte, a byte more, or gone. Then the newest State is restored, as a run that goes on
-does it. Right is: the damaged file is named, the step before is taken and said to be, and its State is the one saved,
-bit for bit. The last trials give a copy of the damaged work directory to `launch.py` itself, which must go on from the
-step before and end with the State of the run that was left alone.
+500 times a bit is flipped or it is cut at a random byte, 100 times it has a byte more or is gone. Then the newest State
+is restored, as a run that goes on does it. Right is: the damaged file is named, the step before is taken and said to
+be, and its State is the one saved, bit for bit. Ten trials give a copy of the damaged work directory to `launch.py`
+itself, which must go on from the step before and end with the State of the run that was left alone.
 """
 
 import argparse
@@ -27,20 +27,21 @@ from kills import ROOT
 from jaxcompute import checkpoint, log, verify  # kills has put the repository's root on the path
 
 FIELDS = {"steps": "40", "save_every": "10", "keep_last": "4", "eval_every": "20", "log_every": "20"}
-HOW = ("one bit flipped", "cut", "a byte more", "gone")
+HOW = ("one bit flipped", "cut"), ("a byte more", "gone")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--trials", type=int, default=500)
-    parser.add_argument("--launches", type=int, default=10, help="of the trials, those that launch.py goes through")
+    parser.add_argument("--trials", type=int, default=500, help=" and ".join(HOW[0]))
+    parser.add_argument("--others", type=int, default=100, help=" and ".join(HOW[1]))
+    parser.add_argument("--launches", type=int, default=10, help="of all these, those that launch.py goes through")
     parser.add_argument("--seed", type=int, default=0)
     today = datetime.datetime.now(datetime.UTC).date()
     parser.add_argument("--out", type=Path, default=ROOT / f"benchmarks/results/damage-{today}.json")
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="jaxcompute-damage-"))
     print(f"in {folder}", flush=True)
-    results = benchmark(folder, given.trials, given.launches, random.Random(given.seed))
+    results = benchmark(folder, given.trials, given.others, given.launches, random.Random(given.seed))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     log.write_json(given.out, results)
     print(log.table(list(results["trials"].items()), ("damage", "trials")))
@@ -50,7 +51,7 @@ def main() -> None:
     sys.exit(1 if results["silent"] else 0)
 
 
-def benchmark(folder: Path, trials: int, launches: int, rng: random.Random) -> dict[str, Any]:
+def benchmark(folder: Path, trials: int, others: int, launches: int, rng: random.Random) -> dict[str, Any]:
     began, done, silent = time.monotonic(), Counter[str](), []
     run = folder / "run"
     verify.finish(kills.start(run, FIELDS), run)
@@ -60,14 +61,13 @@ def benchmark(folder: Path, trials: int, launches: int, rng: random.Random) -> d
     newest, before = saved[-1], saved[-2]
     files = sorted(path for path in (directory / str(newest)).rglob("*") if path.is_file())
 
-    for trial in range(trials):
-        file, how = files[trial % len(files)], rng.choice(HOW)
-        if file.name == "manifest.json" and how == "gone":
-            how = HOW[0]  # without a manifest it is no step: one rename brings both
+    launched = rng.sample(range(trials + others), launches)
+    for trial in range(trials + others):
+        file, how = files[trial % len(files)], rng.choice(HOW[trial >= trials])
         name, whole = file.relative_to(directory / str(newest)), file.read_bytes()
         damage(file, how, rng)
         words: list[str] = []
-        if trial < trials - launches:
+        if trial not in launched:
             step, state = checkpoint.restore_newest(directory, like, words.append) or (0, None)
             equal = step == before and checkpoint.digest(state) == digests[before]
         else:

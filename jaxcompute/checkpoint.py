@@ -52,8 +52,18 @@ class Damaged(BadInput):
 
 def steps(directory: Directory) -> list[int]:
     """The steps that can be restored, ascending."""
-    names = [path.parent.name for path in Path(directory).glob("[0-9]*/manifest.json")]
+    return _steps(directory, "manifest.json")
+
+
+def _steps(directory: Directory, *files: str) -> list[int]:
+    """Those whose folder holds one of these."""
+    names = {path.parent.name for file in files for path in Path(directory).glob(f"[0-9]*/{file}")}
     return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+
+
+def _once_saved(directory: Directory) -> list[int]:
+    """Newest first; with those that have lost their manifest and are not listed any more."""
+    return _steps(directory, "manifest.json", "state")[::-1]
 
 
 def manifest(directory: Directory, step: int) -> dict[str, Any]:
@@ -71,6 +81,8 @@ def manifest(directory: Directory, step: int) -> dict[str, Any]:
     try:
         text = path.read_bytes()
     except FileNotFoundError:
+        if (path.parent / "state").exists():
+            raise Damaged(_damage(path.parent, path.name, "is gone")) from None
         there = ", ".join(map(str, steps(directory))) or "none"
         raise BadInput(f"no checkpoint of step {step} in {directory}; there are: {there}") from None
     try:
@@ -158,7 +170,7 @@ def restore_newest(directory: Directory, like: PyTree, say: Callable[[str], None
         if os.path.lexists(directory) or not isinstance(error, FileNotFoundError):
             mend = "mend it, or take another work directory"
             raise BadInput(f"{directory} cannot be read: {error.strerror}; {mend}") from None
-    return _restore_first(directory, steps(directory)[::-1], like, say)
+    return _restore_first(directory, _once_saved(directory), like, say)
 
 
 def restore_best(
@@ -170,7 +182,7 @@ def restore_best(
     """
     ranked = _ranked(directory, rank)
     damaged, unranked = [], []
-    for step in reversed(steps(directory)):
+    for step in _once_saved(directory):
         try:
             manifest(directory, step)
         except Damaged:

@@ -292,7 +292,11 @@ WORKDIRS = [  # of a run that ended at step 4, with checkpoints of steps 2 and 4
         each_checkpoint(lambda s: flip(s / "manifest.json")),
     ),
     (RUN + "--mode=evaluate", "no checkpoint run/checkpoints", replaced("run/checkpoints", Path.mkdir)),
-    (RUN + "--mode=evaluate", "no checkpoint", each_checkpoint(lambda step: (step / "manifest.json").unlink())),
+    (
+        RUN + "--mode=evaluate",
+        "no whole checkpoint manifest.json gone",
+        each_checkpoint(lambda step: (step / "manifest.json").unlink()),
+    ),
     (RUN + "--config.ema=0.5", "step 4 no config.json bring", without_config),
     ("--experiment=digits_mlp --workdir=run", "step 4 no config.json bring", without_config),
     (RUN, "step 4 checkpoints gone bring", lambda here: shutil.rmtree(here / "run/checkpoints")),
