@@ -48,7 +48,7 @@ AHEAD = 2  # streamed batches that are on the devices before they are asked for,
 
 
 class NonFinite(Exception):
-    """A loss or gradient that is not finite; the message names the step."""
+    """A loss, gradient or update that is not finite; the message names the step."""
 
 
 class Preempted(Exception):
@@ -392,7 +392,7 @@ def fit(
 
     Raises:
         BadInput: a config, a mesh or a checkpoint that does not fit, or another run in the work directory.
-        NonFinite: a loss or gradient was not finite; the checkpoints before it stand, and nonfinite/ has that step.
+        NonFinite: a loss, gradient or update was not finite; the checkpoints before it stand; nonfinite/ has that step.
         Preempted: a signal of `stops` came; the State has been saved.
         OutOfMemory: the step doesn't fit the devices' memory, by the forecast before step 0 or as it ran.
         Recompile: the batches changed their shape or dtype under way.
@@ -632,6 +632,10 @@ def loop(
     saver = checkpoint.Saver(workdir / "checkpoints", *rules) if workdir else contextlib.nullcontext()
     pending: list[tuple[int, float, Future[tuple[Metrics, Reading]]]] = []  # a log period the device may be working on
     since = at  # where sums begin
+    finite = jax.jit(
+        lambda params: jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]).all(),
+        out_shardings=jax.sharding.NamedSharding(mesh, sharding.WHOLE),
+    )
     clock, ahead = Clock(program, at, instruments), Ahead(most=in_flight(program.mesh))
     spent = log.read_status(home).get("kwh", 0.0) if home else 0.0  # before a kill
 
@@ -674,6 +678,8 @@ def loop(
         def save(results: dict[str, float], carried: list[Any], owed: bool = False) -> None:
             """The sums go with the State, so that a run that goes on logs the unbroken run's values."""
             if saver:
+                if not finite(state.params):  # loss and gradient were, or the step had not advanced
+                    spoiled(f"step {at}: the update is not finite")
                 saver.save(state, results, {"sums": carried, "owed": owed})
             if home:
                 kwh = clock.kwh()
@@ -736,7 +742,7 @@ def loop(
 def keep_nonfinite(program: Program, state: State, folder: Path) -> None:
     """Leaves what replay.py runs again: a State as a checkpoint, and the batch of the step after it.
 
-    It is the last finite State, or, where an evaluation told, the one that the evaluation was of.
+    It is the last finite State, or, where an evaluation or a save told, the one that it was of.
 
     Raises:
         OSError: they could not be written.

@@ -359,21 +359,30 @@ def test_the_best_checkpoint_is_kept_and_evaluated(tmp_path):
         train.evaluate_checkpoint(exp, tmp_path / "nothing", quiet)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_ends_the_run_at_its_step(bad, tmp_path):
-    exp = tiny.mlp(**on(1, steps=30, log_every=4, save_every=2))
+@pytest.mark.parametrize(
+    ("bad", "fields", "words", "kept"),
+    [
+        (float("nan"), {"save_every": 2}, "step 8: the loss or the gradient", 6),
+        (float("inf"), {"save_every": 2}, "step 8: the loss or the gradient", 6),
+        (float("nan"), {"save_every": 2, "steps_per_call": 4}, "step 8: the loss or the gradient", 4),
+        (float("inf"), {"save_every": 1}, "step 7: the update", 6),  # which keeps what it left from being saved
+    ],
+)
+def test_what_is_not_finite_ends_the_run_at_its_step(bad, fields, words, kept, tmp_path):
+    """Step 7 spoils the parameters, step 8 meets them."""
+    exp = tiny.mlp(**on(1, steps=32, log_every=4, keep_last=1, keep_best=0, **fields))
 
     def train_step(exp, state, batch):
         new, seen = train.step.train_step(exp, state, batch)
         scale = jax.numpy.where(state.step == 6, bad, 1.0)
         return new.replace(params=jax.tree.map(lambda p: p * scale, new.params)), seen
 
-    with pytest.raises(train.NonFinite, match="step 8"):  # step 7 spoils the parameters, step 8 meets them
+    with pytest.raises(train.NonFinite, match=words):
         fit(dataclasses.replace(exp, train_step=train_step), tmp_path)
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "failed"
-    assert "step 8" in status["message"]
-    assert checkpoint.steps(tmp_path / "checkpoints")[-1] == 6
+    assert words in status["message"]
+    assert checkpoint.steps(tmp_path / "checkpoints") == [kept]
 
 
 def test_a_save_that_fails_while_another_error_ends_the_run_is_told_with_it(tmp_path, monkeypatch):
