@@ -190,7 +190,8 @@ def agreed(
     """Around the loop, a question for it to ask after each call: is this the step after which all stop?
 
     One process stops as soon as it has a signal. Of several, the one that has it says so, each then says how far its
-    loop has come, and all stop at the first step beyond. An error in one loop, or a loop that stands still for longer
+    loop has come, and all stop at the first step beyond; so an evaluation or a compilation that is under way comes to
+    its end first, however long it takes. An error in one loop, or a loop that stands still for longer
     than the limit of `start`, ends all: each tells why, and which process does not answer any more.
 
     Args:

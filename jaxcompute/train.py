@@ -929,7 +929,8 @@ class Clock:
 def stop_signals() -> Iterator[list[int]]:
     """A list that the signals of `stops` are put into; the loop looks at it, for nothing is safe inside a handler.
 
-    Those that follow change nothing: what the first began, a save, is done within seconds.
+    Those that follow change nothing: what the first began, a save, is done within seconds. One that comes while XLA
+    compiles is seen when that is done; nothing is lost by a SIGKILL there.
     """
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
