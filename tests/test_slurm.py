@@ -2,6 +2,7 @@
 
 import csv
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -216,6 +217,7 @@ def test_a_job_is_left_alone_followed_again_and_ended_for_good(slurm, tmp_path):
 
     follower = start(slurm, *command)
     wait_for(tmp_path / "job", "checkpoints/[0-9]*", follower)
+    assert select.select([follower.stdout], [], [], 60)[0]  # the log, while the job runs
     subprocess.run(["scancel", number], check=True, env=slurm)
     out, err = follower.communicate(timeout=120)
     assert f"job {number}: cancelled" in err and "resuming" not in out
