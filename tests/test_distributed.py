@@ -101,6 +101,21 @@ def test_two_processes_train_as_one(launcher, tmp_path):
     assert sum(map(sum, table)) == 359  # every example once
 
 
+def test_two_processes_of_open_mpi_train_as_one(launcher, tmp_path):
+    if not shutil.which("mpirun"):
+        if os.environ.get("CI"):
+            pytest.fail("CI must have Open MPI: apt-get install openmpi-bin")
+        pytest.skip("no openmpi-bin")
+    flags = [*SMALL, "--config.steps=20"]
+    assert launcher(*flags, f"--workdir={tmp_path / 'one'}", cwd=ROOT).code == 0
+    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "2", sys.executable]
+    command += [str(ROOT / "launch.py"), *flags, f"--workdir={tmp_path / 'two'}"]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    ended = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0 and ended.stderr.count("2 x cpu") == 1, ended
+    close(tmp_path / "one", tmp_path / "two")
+
+
 def test_batches_and_checkpoints_do_not_know_how_many_devices_and_processes_there_are(tmp_path):
     whole = worker.split_run(tmp_path / "half", mesh_data=1, mesh_fsdp=4)
     shutil.copytree(tmp_path / "half", tmp_path / "four")
