@@ -18,6 +18,7 @@ import pytest
 import worker
 from PIL import Image
 
+from benchmarks import hosts
 from jaxcompute import checkpoint, distributed, log
 from jaxcompute.errors import BadInput
 
@@ -88,8 +89,12 @@ def close(one: Path, other: Path) -> None:
             assert b[step][tag] == pytest.approx(values[tag], rel=1e-6, abs=1e-7), (step, tag)
 
 
-def test_two_processes_train_as_one(launcher, tmp_path):
-    flags = [*SMALL, "--config.steps=60", "--config.eval_every=30"]
+CNN = ["--experiment=digits_cnn", "--config.features=8", "--config.dense=16", "--config.precision=float64"]
+
+
+@pytest.mark.parametrize("experiment", [SMALL, [*CNN, "--config.log_every=10"]], ids=["digits_mlp", "digits_cnn"])
+def test_two_processes_train_as_one(experiment, launcher, tmp_path):
+    flags = [*experiment, "--config.steps=60", "--config.eval_every=30"]
     assert launcher(*flags, f"--workdir={tmp_path / 'one'}", cwd=ROOT).code == 0
     (code, said), (other_code, other_said) = launch(*flags, f"--workdir={tmp_path / 'two'}").end()
     assert (code, other_code) == (0, 0), (said, other_said)
@@ -97,6 +102,8 @@ def test_two_processes_train_as_one(launcher, tmp_path):
     assert checkpoint.steps(tmp_path / "two/checkpoints") == [30, 60]
     assert any("2 x cpu" in line for line in said)
     close(tmp_path / "one", tmp_path / "two")
+    apart = hosts.differences(tmp_path / "one", tmp_path / "two")
+    assert experiment is SMALL or max(apart.values()) < hosts.TOLERANCE, apart  # in float64
     table = json.loads((tmp_path / "two/evaluation.json").read_text())["confusion"]
     assert sum(map(sum, table)) == 359  # every example once
 
