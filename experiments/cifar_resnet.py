@@ -16,8 +16,8 @@ Muon for the convolutions takes half as many epochs, and where the first of them
 92.50 % at the last of 80 epochs of that kind, 56 of them small; the paper has 91.25 % after 164 (1 run, seed 0,
 float32; 170 min of both threads of that core with other work beside, twice stopped and gone on, 2026-11-26):
 
-    python launch.py --experiment=cifar_resnet --config.precision=float32 --config.batch_size=256 --config.epochs=80 \
-        --config.muon=0.04 --config.small_epochs=56 --config.padding=4 --config.eval_every=1568 \
+    python launch.py --experiment=cifar_resnet --config.precision=float32 --config.batch_size=256 --config.epochs=80 \\
+        --config.muon=0.04 --config.small_epochs=56 --config.padding=4 --config.eval_every=1568 \\
         --config.log_every=100 --config.steps_per_call=4
 """
 
