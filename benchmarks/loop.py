@@ -4,10 +4,10 @@
 
 Bare: the loop's own compiled call, dispatched some hundred times in a row, and nothing else. The loop: `train.fit` with
 metrics, its progress display and files in a work directory, and a log line every 50 steps (of digits_mlp every 100) or
-six in a turn; time is taken from its first log line to its last but one, before the evaluation at its end. Both
-run by turns in one process, pinned to a core, each turn with a program and a State of its own, as where these lie in
-memory is worth a tenth; CPU time counts, that of all threads. Gather and augmentation are timed as a program of their
-own: inside the step some of it is fused away.
+six in a turn; its clock is read by the loop's own meter, as the device is done with the last step of a log line, from
+the first to the last. Both run by turns in one process, pinned to a core, each turn with a program and a State of its
+own, as where these lie in memory is worth a tenth; CPU time counts, that of all threads. Gather and augmentation are
+timed as a program of their own: inside the step some of it is fused away.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import importlib
 import io
+import itertools
 import os
 import statistics
 import sys
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 CORE = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-SIZES = {"digits_mlp": 2000, "mlp_784": 200, "mnist_lenet": 300, "cifar_resnet": 48}  # steps of a turn
+SIZES = {"digits_mlp": 6000, "mlp_784": 200, "mnist_lenet": 600, "cifar_resnet": 48}  # steps of a turn
 
 
 class Loop(NamedTuple):
@@ -135,18 +136,19 @@ def measure(name: str, options: argparse.Namespace) -> Loop:
         return run(warm, warm + count * max(1, (steps - warm) // count))
 
     def loop() -> float:
-        marks: list[tuple[int, float]] = []
+        marks: list[tuple[int, float]] = []  # a step, and what each example took since the mark before
         show, _ = log.console(exp.steps, io.StringIO())
 
         def write(at: int, values: dict[str, float]) -> None:
             show(at, values, 0.0)
             if "train/loss" in values:
-                marks.append((at, clock()))
+                marks.append((at, values["perf/joules_per_example"]))
 
         with tempfile.TemporaryDirectory() as folder:
-            train.fit(exp, Path(folder), mesh, write, say=lambda text: None)
-        (first, began), *_, (last, ended), _ = marks  # each but the last comes as the next period's steps are under way
-        return (ended - began) / (last - first)
+            meter = train.Instruments(joules=clock)  # it counts seconds: read when the device is done, not the host
+            train.fit(exp, Path(folder), mesh, write, say=lambda text: None, instruments=meter)
+        seconds = sum((to - since) * each for (since, _), (to, each) in itertools.pairwise(marks))
+        return exp.config.batch_size * seconds / (marks[-1][0] - marks[0][0])
 
     key, feed = jax.random.key(0), train.compile(exp, mesh).feed(0)
     prepare = jax.jit(lambda feed, at: exp.prepare(exp.train.batch(feed, at), key, True))
