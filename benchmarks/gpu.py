@@ -9,7 +9,7 @@ on: what is done is not done again, what failed is. A stage that would not fit i
 one that is ended keeps the figures that it had. DIR/summary.txt and summary.json have those of all stages; they and a
 packed trace are also copied to --back. Nothing is fetched: the machine needs jax, flax, optax and orbax, and for the
 peers PyTorch. CIFAR-10 comes from the data folder or from the two pieces of pack_cifar.py; without it made-up images
-serve, but for the speedruns, which are left out.
+serve, but for the speedruns and the whole trainings, which are left out.
 
 Its figures on a GPU are open: it has been run on the CPU alone, where speed means nothing.
 """

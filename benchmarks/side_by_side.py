@@ -56,7 +56,7 @@ WORKS = {
         "resnet.ResNet", {"blocks": (1, 1), "width": 4}, lambda p: p.ResNet((1, 1), 4, False), (8, 8, 3), 8
     ),
 }
-DEFAULT = "mlp,lenet,cnn,resnet20,resnet18"
+DEFAULT = "mlp,lenet,cnn,resnet20,resnet18,resnet18_b256"
 
 
 class Contender(NamedTuple):

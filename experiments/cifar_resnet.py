@@ -14,7 +14,7 @@ Muon for the convolutions takes half as many epochs, and where the first of them
         --config.muon=0.08 --config.small_epochs=3
 
 92.50 % at the last of 80 epochs of that kind, 56 of them small; the paper has 91.25 % after 164 (1 run, seed 0,
-float32; 170 min of both threads of that core with other work beside, twice stopped and gone on, 2026-11-26):
+float32; 170 min of two cores with other work beside, twice stopped and gone on, 2026-11-26):
 
     python launch.py --experiment=cifar_resnet --config.precision=float32 --config.batch_size=256 --config.epochs=80 \\
         --config.muon=0.04 --config.small_epochs=56 --config.padding=4 --config.eval_every=1568 \\

@@ -3,7 +3,7 @@
     python launch.py --experiment=imagenet_resnet50                                   TFDS's imagenet2012
     python launch.py --experiment=imagenet_resnet50 --config.train_dir=DIR/train --config.eval_dir=DIR/val
 
-The zero scale at each block's end, the warm-up and the rate in proportion to the batch are of Goyal et al. 2017.
+The zero scale at a bottleneck's end, the warm-up and the rate in proportion to the batch are of Goyal et al. 2017.
 ImageNet itself was not run, so no accuracy is claimed: recipes like it end near 77 % top-1. What was run is the stream,
 on 244 photographs of ants and bees with a small form, 71.2 % of 153 others at the last of 30 epochs (1 run, seed 0;
 44 s on 2 cores of an Intel Xeon, jax 0.10.2, 2026-11-25), the loop waiting for data 15 % of the time:
