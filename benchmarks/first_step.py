@@ -6,7 +6,7 @@
 compiles, the others find what it left. Its own lines mark the parts: the table of parameters comes when all is
 imported, the data is there and the step has been traced for its shapes; the line of the device once the step is
 compiled, or read from the cache; the line of step 1 with what that made. What the imports alone take is told by a
-process that does nothing else. Medians of wall time, the experiments by turns.
+process that does nothing else, and `--help` stands beside. Medians of wall time, the experiments by turns.
 """
 
 import argparse
@@ -50,9 +50,11 @@ def main() -> None:
         env = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "PYTHONPATH": str(ROOT)}
         cold = {name: start(name, env) for name in names}
         warm: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        helps: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(given.turns):
             for name in names:
                 warm[name].append(start(name, env))
+                helps[name].append(help_of(name, env))
                 total = sum(warm[name][-1].values())
                 print(f"{turn + 1}/{given.turns} {name}: {total:.2f} s", file=sys.stderr, flush=True)
     found = {
@@ -66,13 +68,23 @@ def main() -> None:
             f"{totals[name][0]:.2f} to {totals[name][-1]:.2f}",
             *(f"{seconds:.2f}" for seconds in parts.values()),
             f"{sum(cold[name].values()):.2f}",
+            f"{statistics.median(helps[name]):.2f}",
         )
         for name, parts in found.items()
     ]
-    print(log.table(rows, ("experiment", "seconds", "range", *next(iter(found.values())), "without the cache")))
+    print(
+        log.table(rows, ("experiment", "seconds", "range", *next(iter(found.values())), "without the cache", "--help"))
+    )
     given.out.parent.mkdir(parents=True, exist_ok=True)
     told: dict[str, Any] = {"device": f"one core of {processor()}", "turns": given.turns, "seconds": totals}
-    log.write_json(given.out, log.describe({}, **told, parts=found, without_the_cache=cold))
+    log.write_json(given.out, log.describe({}, **told, parts=found, without_the_cache=cold, help=helps))
+
+
+def help_of(name: str, env: dict[str, str]) -> float:
+    began = time.perf_counter()
+    command = [sys.executable, str(ROOT / "launch.py"), f"--experiment={name}", "--help"]
+    subprocess.run(command, check=True, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
 
 
 def start(name: str, env: dict[str, str]) -> dict[str, float]:
