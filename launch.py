@@ -12,7 +12,8 @@
     python launch.py --experiment=digits_cnn --mode=profile                 where a step's time goes, and what bounds it
     python launch.py --mode=doctor                                          is this machine fit to train?
 
-Exit codes: 0 done, 1 a run failed, 2 bad input, 128 + n stopped by signal n and saved.
+Exit codes: 0 done; 1 a run failed, doctor found a fault, or verify_resume no equality; 2 bad input; 128 + n stopped by
+signal n and saved.
 """
 
 import datetime
@@ -91,12 +92,14 @@ def main(argv: list[str]) -> None:
         raise BadInput(f"--mode={FLAGS.mode} --inference: inference is measured by --mode=benchmark")
     if FLAGS.mode != "train" and FLAGS.sweep:
         raise BadInput(f"--mode={FLAGS.mode} --sweep: a sweep trains; take its runs one by one, --workdir=DIR")
+    if FLAGS.point is not None and not FLAGS.sweep:
+        raise BadInput(f"--point={FLAGS.point}: of which sweep? add its --sweep=field=value,value")
     if FLAGS.launcher == "slurm":
+        if FLAGS.point is not None:
+            raise BadInput(f"--launcher=slurm --point={FLAGS.point}: a job runs all points; narrow the --sweep instead")
         slurm()
     if of_slurm := [f"--{name}" for name in OF_SLURM if FLAGS[name].present and FLAGS[name].value]:
         raise BadInput(f"{' and '.join(of_slurm)}: of a job; add --launcher=slurm")
-    if FLAGS.point is not None and not FLAGS.sweep:
-        raise BadInput(f"--point={FLAGS.point}: of which sweep? add its --sweep=field=value,value")
     limits = FLAGS.heartbeat_timeout, FLAGS.step_timeout
     distributed.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process, *limits)
     if FLAGS.mode == "train" and FLAGS.workdir and not distributed.several():
@@ -105,14 +108,15 @@ def main(argv: list[str]) -> None:
     alone = ("replay", "verify_resume", "benchmark", "profile")
     if distributed.several() and (whole_sweep or FLAGS.mode in alone):
         raise BadInput(f"a sweep and --mode={', '.join(alone)} are of one process; start it once")
-    workdir = Path(FLAGS.workdir or distributed.share(new_workdir()))
+    workdir, point = Path(FLAGS.workdir or distributed.share(new_workdir())), {}
     with distributed.together():
         module = configs.load(FLAGS.experiment, ROOT)
         # of a run that goes on: its config, and the flags that are given
         config = configs.from_flags(module.Config, config_of(workdir, module.Config))
         if FLAGS.point is not None:
             point = grid.point(config, FLAGS.sweep, FLAGS.point)
-            workdir /= grid.name(point)
+            if log.read_config(workdir) is None:  # else it is a run's own, which it was told to go on with after a kill
+                workdir /= grid.name(point)
             config = configs.replace(configs.from_flags(module.Config, config_of(workdir, module.Config)), point)
     cache.keep()
     jax.config.update("jax_enable_x64", config.precision == "float64")
@@ -125,7 +129,10 @@ def main(argv: list[str]) -> None:
     with distributed.together():
         sharding.check_batch(sharding.make_mesh(config), config)  # told before any data is read
         exp = module.experiment(config)
-    modes = {"train": train, "evaluate": evaluate, "replay": replay, "benchmark": benchmark, "profile": profile}
+    if FLAGS.mode == "train":
+        train(exp, workdir, command_again(workdir, point))
+        return
+    modes = {"evaluate": evaluate, "replay": replay, "benchmark": benchmark, "profile": profile}
     modes[FLAGS.mode](exp, workdir)
 
 
@@ -162,7 +169,17 @@ def config_of(workdir: Path, cls: type):
         raise BadInput(f"{workdir / 'config.json'}: {error}; {mend}") from None
 
 
-def train(exp, workdir: Path) -> None:
+def command_again(workdir: Path, point: dict[str, str]) -> str:
+    """The command that goes on with this run; a point of a sweep goes on as a run of its own."""
+    from jaxcompute.sweep import grid
+
+    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
+    own = grid.flags_of_children(sys.argv, ("sweep", "point", "workdir"))
+    return shlex.join([python, sys.argv[0], *own, *grid.flags(point), f"--workdir={workdir}"])
+
+
+def train(exp, workdir: Path, again: str) -> None:
+    """`again` is the command that goes on with it."""
     import jax
 
     from jaxcompute import distributed, sharding
@@ -180,8 +197,6 @@ def train(exp, workdir: Path) -> None:
         shown = {tag: seen[tag] for tag in ("train/loss", "train/accuracy", "eval/accuracy") if tag in seen}
         show(step, shown, seen.get("perf/examples_per_sec", 0.0))
 
-    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
-    again = shlex.join([python, *sys.argv, *([] if FLAGS.workdir else [f"--workdir={workdir}"])])
     try:
         if FLAGS.fit_memory:
             exp = memory.fit(exp, FLAGS.memory_limit, say)
@@ -267,7 +282,7 @@ def profile(exp, workdir: Path) -> None:
     print(roofline.text(roof))
     facts = profile.to_json(found) | {"roofline": roofline.to_json(roof)}
     leave(exp, workdir, "profile", facts, lambda: roofline.picture(roof))
-    print(f"to see the trace: pip install xprof, and tensorboard --logdir={workdir}")
+    print(f"to see the trace: pip install xprof, and tensorboard {shlex.quote(f'--logdir={workdir}')}")
 
 
 def make(workdir: Path) -> None:

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import threading
@@ -623,7 +624,7 @@ def loop(
         return state
     if home:
         log.status(home, "running", step=at, of=exp.steps)
-        say(f"after a kill the same command goes on with --workdir={workdir}")
+        say(f"after a kill the same command goes on with {shlex.quote(f'--workdir={workdir}')}")
     if alone:
         raise Preempted(alone[0], at, saved=at > 0)
     eval_every = config.eval_every or max(1, round(exp.train.size / exp.train.batch_size))

@@ -190,6 +190,30 @@ def test_a_sweep_leaves_a_table_best_first(tmp_path):
     assert "dropout was 0.2 and is 0.0" in other.stderr
 
 
+def test_a_point_of_a_sweep_goes_on_by_the_commands_that_it_prints(launcher, tmp_path):
+    (tmp_path / "flags").write_text("--sweep=learning_rate=0.003,1e30\n")
+    sweep = [*SMALL, "--flagfile=flags"]
+    ran = launcher(*sweep, "--point=0", "--workdir=a b", cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    (workdir,) = tmp_path.glob("a b/learning_rate=0.003")
+    *go_on, mode = shlex.split(ran.err.splitlines()[-1].partition("to evaluate: ")[2])[2:]
+    assert mode == "--mode=evaluate"
+    assert "already at step 40" in launcher(*go_on, cwd=tmp_path).err
+    evaluated = launcher(*go_on, mode, cwd=tmp_path)
+    assert evaluated.code == 0 and "accuracy" in evaluated.out, evaluated
+    (line,) = [line for line in ran.err.splitlines() if line.startswith("after a kill the same command goes on with ")]
+    (own,) = shlex.split(line.rpartition(" with ")[2])  # not the sweep's folder, in which it would look for the point's
+    again = launcher(*sweep, "--point", "0", own, cwd=tmp_path)
+    assert "already at step 40" in again.err, again.err
+    assert [path for path in workdir.iterdir() if "=" in path.name] == []
+
+    failed = launcher(*sweep, "--point=1", cwd=tmp_path)
+    assert failed.code == 1 and list(tmp_path.glob("runs/digits_mlp/*/learning_rate=1e+30")), failed
+    command = shlex.split(failed.err.splitlines()[-1].partition("to see where it began: ")[2])
+    replayed = launcher(*command[2:], cwd=tmp_path)
+    assert replayed.code == 0 and "first not finite is" in replayed.out, replayed
+
+
 def test_flags_may_stand_in_a_file(tmp_path):
     (tmp_path / "flags").write_text("--experiment=digits_mlp\n--config.steps=0\n--config.epochs=-1\n")
     ended = launch(f"--flagfile={tmp_path / 'flags'}")

@@ -129,10 +129,10 @@ def test_what_bounds_a_step(flops, moved, ms, bound, share):
 
 
 def test_launch_leaves_a_trace_a_page_and_a_picture(launcher, tmp_path):
-    ended = launcher("--experiment=digits_mlp", "--mode=profile", "--workdir=run", cwd=tmp_path)
+    ended = launcher("--experiment=digits_mlp", "--mode=profile", "--workdir=a run", cwd=tmp_path)
     assert ended.code == 0, ended.err
-    for words in ("kind of operation", "Dense_0", "idle", "bound by", "the step", "left in run"):
+    for words in ("kind of operation", "Dense_0", "idle", "bound by", "the step", "left in a run", "'--logdir=a run'"):
         assert words in ended.out
-    report = json.loads((tmp_path / "run" / "profile.json").read_text())
+    report = json.loads((tmp_path / "a run" / "profile.json").read_text())
     assert report["ops"] and report["roofline"]["step"]["bound"] in ("arithmetic", "memory", "overhead")
-    assert (tmp_path / "run" / report["trace"]).is_dir() and (tmp_path / "run" / "profile.png").is_file()
+    assert (tmp_path / "a run" / report["trace"]).is_dir() and (tmp_path / "a run" / "profile.png").is_file()

@@ -58,6 +58,8 @@ def test_a_dry_run_prints_the_script_and_needs_no_slurm(launcher, tmp_path):
         (["--dry_run"], "--dry_run: of a job; add --launcher=slurm"),
         (["--sweep=seed=1,2", "--point=2"], "--point=2: the sweep has 2 points; count from 0 to 1"),
         (["--point=0"], "--point=0: of which sweep?"),
+        (["--launcher=slurm", "--point=0"], "--point=0: of which sweep?"),
+        (["--launcher=slurm", "--sweep=seed=1,2", "--point=0", "--dry_run"], "--point=0: a job runs all points"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

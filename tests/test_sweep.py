@@ -162,7 +162,7 @@ def test_all_done_is_exit_0(tmp_path: Path, launch: list[str]):
 def test_a_stop_reaches_the_child_once_and_the_same_command_goes_on(
     tmp_path: Path, launch: list[str], number: signal.Signals, request: pytest.FixtureRequest
 ):
-    sweep = tmp_path / "sweep"
+    sweep = tmp_path / "a sweep"
     program = textwrap.dedent(f"""
         import sys, pathlib
         from jaxcompute.sweep import grid
@@ -194,7 +194,7 @@ def test_a_stop_reaches_the_child_once_and_the_same_command_goes_on(
     out, err = parent.communicate(timeout=30)
     assert [line for line in out.splitlines() if line.startswith("[")] == ["[1/3] lr=0.1,seed=0", "[2/3] lr=0.3,seed=0"]
     assert parent.returncode == 128 + number
-    assert err == f"stopped by {number.name}; the same command with --workdir={sweep} goes on\n"
+    assert err == f"stopped by {number.name}; the same command with '--workdir={sweep}' goes on\n"
     assert states() == {"lr=0.1,seed=0": "done", "lr=0.3,seed=0": "preempted"}
     assert (sweep / "lr=0.3,seed=0" / "signals").read_text() == f"{number.name}\n"
 

@@ -13,6 +13,7 @@ import io
 import itertools
 import math
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -69,6 +70,11 @@ def name(point: Point) -> str:
     return full if len(full) <= 200 else f"{full[:180]}-{hashlib.sha256(full.encode()).hexdigest()[:12]}"
 
 
+def flags(point: Point) -> list[str]:
+    """By which a run takes the point's values."""
+    return [f"--config.{field}={value}" for field, value in point.items()]
+
+
 def check(workdir: Path, config: Any, points: Sequence[Point]) -> None:
     """Raise BadInput where a point's directory holds a run of another config, which would be taken for this one's."""
     for point in points:
@@ -123,14 +129,14 @@ def run(workdir: Path, command: Sequence[str], points: Sequence[Point], best: tu
             done = not missing(workdir, [point])
             print(f"[{i}/{len(points)}] {name(point)}{': done before' if done else ''}", flush=True)
             if not done:
-                overrides = [f"--config.{field}={value}" for field, value in point.items()]
-                start([*command, f"--workdir={child}", *overrides]).wait()
+                start([*command, f"--workdir={child}", *flags(point)]).wait()
                 _leave_table(workdir, points, best)
             if stopped:
                 break
     if stopped and missing(workdir, points):
         print(_leave_table(workdir, points, best), flush=True)
-        print(f"stopped by {stopped[0].name}; the same command with --workdir={workdir} goes on", file=sys.stderr)
+        where = shlex.quote(f"--workdir={workdir}")
+        print(f"stopped by {stopped[0].name}; the same command with {where} goes on", file=sys.stderr)
         return 128 + stopped[0]
     return finish(workdir, points, best)
 
