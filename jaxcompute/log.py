@@ -25,6 +25,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from jaxcompute import locks
 from jaxcompute.errors import BadInput
 
 Writer = Callable[[int, dict[str, float]], None]  # as in core, without its imports
@@ -38,6 +39,8 @@ Row = tuple[int, float, dict[str, float]]  # step, unix seconds, values
 def lock(workdir: Path) -> Iterator[None]:
     """Hold a work directory, made if need be, against every other run: the OS's lock, which dies with its process.
 
+    Where the file system has no locks, a line says that a second run would not be refused.
+
     Raises:
         BadInput: another run holds it, named by host and process; or it can't be written.
     """
@@ -50,7 +53,7 @@ def lock(workdir: Path) -> Iterator[None]:
             _sync(folder.parent)  # a power cut would take the checkpoints with it
         while True:
             held = file.open("a+", encoding="utf-8")  # not inherited by what the run starts
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB, "a second run in this work directory would not be refused")
             if file.exists() and os.path.samestat(file.stat(), os.fstat(held.fileno())):
                 break
             held.close()  # its holder was just ending and has taken the name away

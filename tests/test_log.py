@@ -1,5 +1,7 @@
 import contextlib
 import csv
+import errno
+import fcntl
 import importlib.util
 import io
 import json
@@ -8,11 +10,13 @@ import os
 import pty
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +24,7 @@ import pytest
 import tiny
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
-from jaxcompute import log
+from jaxcompute import locks, log
 
 ROOT = Path(__file__).parents[1]
 
@@ -293,6 +297,26 @@ def test_a_run_takes_away_its_own_rubbish_and_nothing_else(tmp_path: Path):
     with log.lock(tmp_path):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+
+
+@pytest.mark.parametrize("code", ["ENOSYS", "EOPNOTSUPP", "ENOLCK"])
+def test_a_file_system_without_locks_is_told_of_once_and_the_run_goes_on(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def flock(file: IO, how: int) -> None:
+        raise OSError(number := getattr(errno, code), os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    log.check_free(tmp_path / "run")
+    with log.lock(tmp_path / "run"):
+        log.check_free(tmp_path / "run")
+        assert (tmp_path / "run/.lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "run/.lock") in line and "a second run in this work directory would not be refused" in line
+
+    code = "EIO"  # any other fault is one
+    with pytest.raises(OSError, match="Input/output error"), (tmp_path / "file").open("w") as file:
+        locks.flock(file, fcntl.LOCK_EX, "")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # tensorboardX leaves its file open

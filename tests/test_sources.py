@@ -1,4 +1,6 @@
 import dataclasses
+import errno
+import fcntl
 import gzip
 import hashlib
 import io
@@ -212,6 +214,17 @@ def test_missing_without_network_is_told_at_once(tmp_path, offline):
     for word in ("cifar-10-binary.tar.gz", str(tmp_path / "downloads/manual/cifar10"), "no network", "digits_cnn"):
         assert word in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_files_cannot_be_locked_a_set_is_prepared_all_the_same(tmp_path, monkeypatch, capsys):
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with sources._lock(tmp_path / "jaxcompute/mnist.lock"):
+        pass
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "mnist.lock" in line and "no other run may prepare this set" in line
 
 
 IMAGES, LABELS, TAR = "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "cifar-100-binary.tar.gz"

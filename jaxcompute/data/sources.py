@@ -13,6 +13,7 @@ can tell: a bit of a JPEG that changed and still decodes.
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -36,6 +37,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxcompute import locks
 from jaxcompute.errors import BadInput
 
 Arrays = dict[str, np.ndarray]  # image uint8 [N, H, W, C], label int32 [N]
@@ -232,11 +234,9 @@ def _write_cache(dataset: Dataset, path: Path) -> None:
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """One process prepares a set; the others of a sweep wait for it."""
-    import fcntl
-
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        locks.flock(file, fcntl.LOCK_EX, "no other run may prepare this set before it is done")
         yield
 
 
