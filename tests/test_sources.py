@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -214,6 +215,21 @@ def test_missing_without_network_is_told_at_once(tmp_path, offline):
     for word in ("cifar-10-binary.tar.gz", str(tmp_path / "downloads/manual/cifar10"), "no network", "digits_cnn"):
         assert word in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_looked_up_slowly_is_waited_for(monkeypatch):
+    for scheme in ("http", "https"):
+        monkeypatch.delenv(f"{scheme}_proxy", raising=False)
+        monkeypatch.delenv(f"{scheme.upper()}_PROXY", raising=False)
+
+    def connect(address, timeout):
+        assert address == ("data.example", 443)
+        time.sleep(1.2)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(sources.socket, "create_connection", connect)
+    assert sources._reachable("https://data.example/set.tar")
+    assert not sources._reachable("https://data.example/set.tar", seconds=0.2)
 
 
 def test_where_files_cannot_be_locked_a_set_is_prepared_all_the_same(tmp_path, monkeypatch, capsys):

@@ -282,8 +282,8 @@ def _download(name: str, root: Path, missing: list[str], ignored: str) -> dict[s
     )
     tfds = _tfds()
     urls = {url.rsplit("/", 1)[-1]: url for url in tfds.builder_cls(name).url_infos}
-    if not _reachable(urls[missing[0]]):
-        raise BadInput(explain.format("there is no network"))
+    if not _reachable(url := urls[missing[0]]):
+        raise BadInput(explain.format(f"there is no network: {urllib.parse.urlsplit(url).hostname} cannot be reached"))
     try:
         manager = tfds.download.DownloadManager(
             download_dir=root / "downloads",
@@ -296,8 +296,8 @@ def _download(name: str, root: Path, missing: list[str], ignored: str) -> dict[s
         raise BadInput(explain.format(f"the download failed: {_line(error)}")) from error
 
 
-def _reachable(url: str) -> bool:
-    """Does the host of url, or the proxy on the way to it, answer within a second?"""
+def _reachable(url: str, seconds: float = 5.0) -> bool:
+    """Does the host of url, or the proxy on the way to it, answer in time? A machine without a network knows sooner."""
     scheme, host = urllib.parse.urlsplit(url).scheme, urllib.parse.urlsplit(url).hostname or ""
     proxy = None if urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(scheme)
     target = urllib.parse.urlsplit(proxy or url)
@@ -305,12 +305,13 @@ def _reachable(url: str) -> bool:
     answered = threading.Event()
 
     def knock() -> None:
-        with contextlib.suppress(OSError), socket.create_connection((target.hostname or "", port), 1.0):
+        # a host may have several addresses, the first of which leads nowhere
+        with contextlib.suppress(OSError), socket.create_connection((target.hostname or "", port), seconds / 2):
             answered.set()
 
     thread = threading.Thread(target=knock, daemon=True)  # looking up a name has no time limit of its own
     thread.start()
-    thread.join(1.0)
+    thread.join(seconds)
     return answered.is_set()
 
 
