@@ -22,7 +22,6 @@ float32; 170 min of two cores with other work beside, twice stopped and gone on,
 """
 
 import dataclasses
-import math
 from functools import partial
 from typing import Annotated, Literal
 
@@ -31,10 +30,8 @@ import optax
 
 from jaxcompute import losses, optim, step
 from jaxcompute.config import Range
-from jaxcompute.core import Batch, Experiment, Run, State
+from jaxcompute.core import Batch, Experiment, Run
 from jaxcompute.data import augment, memory, sources
-from jaxcompute.errors import BadInput
-from jaxcompute.metrics import Metrics
 from jaxcompute.models import resnet
 
 MODELS = {
@@ -64,22 +61,16 @@ class Config(Run):
     small_epochs: Annotated[float, "how many these are; they cost less, and count as whole ones", Range(ge=0)] = 0.0
 
     def __post_init__(self) -> None:
-        if self.warmup_epochs > self.epochs:
-            raise BadInput(
-                f"--config.warmup_epochs={self.warmup_epochs}: is longer than --config.epochs={self.epochs}; give less"
-            )
+        optim.check_warmup(self, self.warmup_epochs)
 
 
 def experiment(config: Config) -> Experiment:
     data = sources.load("cifar10")
-    steps = optim.total_steps(config, len(data.train["label"]))
-    warmup = round(config.warmup_epochs * len(data.train["label"]) / config.batch_size)
-    small = math.ceil(config.small_epochs * len(data.train["label"]) / config.batch_size)
-    if small >= steps:
-        raise BadInput(
-            f"--config.small_epochs={config.small_epochs}: {small:,} steps of the run's {steps:,} leave none for whole "
-            "images; give less"
-        )
+    size = len(data.train["label"])
+    steps = optim.total_steps(config, size)
+    small = optim.small_steps(config, config.small_epochs, size)
+    small_images = partial(prepare, config, size=config.small_size)
+    warmup = round(config.warmup_epochs * size / config.batch_size)
     schedule = optim.warmup_cosine(config.learning_rate, steps, warmup)
     return Experiment(
         config=config,
@@ -92,7 +83,7 @@ def experiment(config: Config) -> Experiment:
         steps=steps,
         prepare=partial(prepare, config),
         classes=data.classes,
-        train_step=partial(train_step, config, small) if small else None,
+        train_step=partial(step.small_first, small, small_images) if small else None,
     )
 
 
@@ -105,13 +96,6 @@ def optimizer(config: Config, steps: int, schedule: optax.Schedule) -> optax.Gra
         {"convolutions": muon, "others": sgd},
         lambda params: jax.tree.map(lambda leaf: "convolutions" if leaf.ndim == 4 else "others", params),
     )
-
-
-def train_step(config: Config, small: int, exp: Experiment, state: State, batch: Batch) -> tuple[State, Metrics]:
-    """The usual one, of small images in the first steps: the network does not ask how large they are."""
-    shrunk = dataclasses.replace(exp, prepare=partial(prepare, config, size=config.small_size))
-    steps = [partial(step.train_step, which) for which in (shrunk, exp)]
-    return jax.lax.cond(state.step < small, *steps, state, batch)
 
 
 def prepare(config: Config, batch: Batch, key: jax.Array, train: bool, size: int = 32) -> Batch:

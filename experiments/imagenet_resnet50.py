@@ -16,7 +16,6 @@ The first `--config.small_epochs` may train on crops of `--config.small_size` pi
 """
 
 import dataclasses
-import math
 from functools import partial
 from typing import Annotated, Literal
 
@@ -24,10 +23,9 @@ import jax
 
 from jaxcompute import losses, optim, step
 from jaxcompute.config import Range
-from jaxcompute.core import Batch, Experiment, Run, State
+from jaxcompute.core import Batch, Experiment, Run
 from jaxcompute.data import augment, sources, stream
 from jaxcompute.errors import BadInput
-from jaxcompute.metrics import Metrics
 from jaxcompute.models import resnet
 
 MODELS = {
@@ -69,10 +67,7 @@ class Config(Run):
                 f"--config.eval_size={self.eval_size}: is cut out of --config.eval_short={self.eval_short}; "
                 "give at most that"
             )
-        if self.warmup_epochs > self.epochs:
-            raise BadInput(
-                f"--config.warmup_epochs={self.warmup_epochs}: is longer than --config.epochs={self.epochs}; give less"
-            )
+        optim.check_warmup(self, self.warmup_epochs)
 
 
 def experiment(config: Config) -> Experiment:
@@ -83,12 +78,8 @@ def experiment(config: Config) -> Experiment:
         train, test = splits["train"], splits["validation"]
     workers = stream.Workers(config.workers)
     steps = optim.total_steps(config, len(train))
-    small = math.ceil(config.small_epochs * len(train) / config.batch_size)
-    if small and small >= steps:
-        raise BadInput(
-            f"--config.small_epochs={config.small_epochs}: {small:,} steps of the run's {steps:,} leave none for whole "
-            "crops; give less"
-        )
+    small = optim.small_steps(config, config.small_epochs, len(train))
+    small_crops = partial(prepare, dataclasses.replace(config, image_size=config.small_size))
     peak = config.learning_rate * config.batch_size / 256
     schedule = optim.warmup_cosine(peak, steps, round(config.warmup_epochs * len(train) / config.batch_size))
     return Experiment(
@@ -104,15 +95,8 @@ def experiment(config: Config) -> Experiment:
         steps=steps,
         prepare=partial(prepare, config),
         classes=classes,
-        train_step=partial(train_step, config, small) if small else None,
+        train_step=partial(step.small_first, small, small_crops) if small else None,
     )
-
-
-def train_step(config: Config, small: int, exp: Experiment, state: State, batch: Batch) -> tuple[State, Metrics]:
-    """The usual one, of small crops in the first steps: the network does not ask how large they are."""
-    crops = partial(prepare, dataclasses.replace(config, image_size=config.small_size))
-    steps = [partial(step.train_step, which) for which in (dataclasses.replace(exp, prepare=crops), exp)]
-    return jax.lax.cond(state.step < small, *steps, state, batch)
 
 
 def prepare(config: Config, batch: Batch, key: jax.Array, train: bool) -> Batch:

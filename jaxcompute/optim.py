@@ -33,6 +33,28 @@ def total_steps(config: Run, size: int) -> int:
     return max(1, math.ceil(batches - 1e-6))  # 1.1 * 100 / 10 is 11.000000000000002, which is 11 batches
 
 
+def small_steps(config: Run, small_epochs: float, size: int) -> int:
+    """Steps of the first epochs, whose images are smaller (`step.small_first`), of a run over `size` examples.
+
+    Raises:
+        BadInput: they leave none for whole images.
+    """
+    small, steps = math.ceil(small_epochs * size / config.batch_size), total_steps(config, size)
+    if small >= steps:
+        raise BadInput(
+            f"--config.small_epochs={small_epochs}: {small:,} steps of {steps:,} leave none for whole images; give less"
+        )
+    return small
+
+
+def check_warmup(config: Run, warmup_epochs: float) -> None:
+    """Raise BadInput where the warm-up is longer than the run."""
+    if warmup_epochs > config.epochs:
+        raise BadInput(
+            f"--config.warmup_epochs={warmup_epochs}: is longer than --config.epochs={config.epochs}; give less"
+        )
+
+
 def warmup_cosine(peak: float, steps: int, warmup_steps: int, end: float = 0.0) -> optax.Schedule:
     """From 0 to `peak` in a line, then to `end` in half a cosine (Loshchilov and Hutter 2016, arXiv:1608.03983).
 

@@ -8,6 +8,7 @@
 All randomness comes from (seed, step): `fold_in(state.key, state.step)`.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcompute.core import Batch, Experiment, PyTree, State
+from jaxcompute.core import Batch, Experiment, Prepare, PyTree, State
 from jaxcompute.metrics import Last, Mean, Metrics, add
 
 # Where a loop over micro-batches is unrolled, which saves no memory: a rolled one over convolutions other than those of
@@ -122,6 +123,15 @@ def train_step(exp: Experiment, state: State, batch: Batch) -> tuple[State, Metr
     grads, mutable, metrics = gradient(exp, state, batch, model_key)
     state, more = update(exp, state, grads, mutable)
     return state, metrics | more
+
+
+def small_first(small: int, prepare: Prepare, exp: Experiment, state: State, batch: Batch) -> tuple[State, Metrics]:
+    """`train_step`, its first `small` steps by a `prepare` that makes smaller images, which cost less.
+
+    The model must not ask how large they are. Progressive resizing: Tan and Le 2021, arXiv:2104.00298.
+    """
+    steps = [partial(train_step, which) for which in (dataclasses.replace(exp, prepare=prepare), exp)]
+    return jax.lax.cond(state.step < small, *steps, state, batch)
 
 
 def evaluated(state: State) -> tuple[PyTree, PyTree]:

@@ -42,6 +42,15 @@ def test_a_length_that_is_not_positive_is_named_with_its_mend(field, value):
         optim.total_steps(Run(**{field: value}), 100)
 
 
+def test_small_images_leave_at_least_a_step_of_whole_ones():
+    assert optim.small_steps(Run(epochs=3.0, batch_size=32), 1.0, 100) == 4  # 3.1, rounded up
+    assert optim.small_steps(Run(epochs=3.0, batch_size=32), 0.0, 100) == 0
+    with pytest.raises(BadInput, match=r"^--config\.small_epochs=2.9: 10 steps of 10 leave none [^\n]*; give less$"):
+        optim.small_steps(Run(epochs=3.0, batch_size=32), 2.9, 100)
+    with pytest.raises(BadInput, match=r"4 steps of 4 leave none"):
+        optim.small_steps(Run(epochs=3.0, steps=4, batch_size=32), 1.0, 100)
+
+
 def test_warmup_cosine_passes_through_its_corners():
     schedule = optim.warmup_cosine(0.4, steps=110, warmup_steps=10, end=0.02)
     for step, rate in {0: 0.0, 5: 0.2, 10: 0.4, 60: 0.21, 110: 0.02, 500: 0.02}.items():
