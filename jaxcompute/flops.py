@@ -12,10 +12,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 def count(jaxpr: ClosedJaxpr | Jaxpr) -> float:
     """Of one call, over all devices.
 
-    A result that nothing takes up counts nothing. A loop counts its body as often as it runs, where that is known when
-    it is traced (scan), else once; of the branches of a conditional the longest counts, of those for different
-    platforms, which compute the same, the shortest. What is computed again in the backward pass (`jax.checkpoint`)
-    counts again. A kernel from outside (ffi, Pallas) counts nothing.
+    At least: a result that nothing takes up counts nothing. A loop counts its body as often as it runs, where that is
+    known when it is traced (scan), else once; of the branches of a conditional the shortest counts, as of those for
+    different platforms, which compute the same. What is computed again in the backward pass (`jax.checkpoint`) counts
+    again. A kernel of one's own (ffi, Pallas) counts nothing.
     """
     plain: Any = getattr(jaxpr, "jaxpr", jaxpr)
     used = {id(variable) for equation in plain.eqns for variable in equation.invars} | set(map(id, plain.outvars))
@@ -38,12 +38,14 @@ def _equation(equation: Any) -> float:
         taken = out.size * taps * kernel.shape[features_in]
         given = image.size * taps * kernel.shape[features_out] / groups
         return 2.0 * min(taken, given)
+    if name == "pallas_call":  # its body runs as often as its grid says, and may be guarded there
+        return 0.0
     inner = [
         count(value)
         for value in jax.tree.leaves(params, is_leaf=lambda value: isinstance(value, ClosedJaxpr | Jaxpr))
         if isinstance(value, ClosedJaxpr | Jaxpr)
     ]
     if name == "cond":
-        return min(inner) if params.get("branches_platforms") else max(inner)
+        return min(inner)
     times = params["length"] if name == "scan" else params["mesh"].size if name == "shard_map" else 1
     return times * sum(inner)
