@@ -75,7 +75,7 @@ def manifest(directory: Directory, step: int) -> dict[str, Any]:
 
     Raises:
         BadInput: there is no such step.
-        Damaged: the manifest is not what was written.
+        Damaged: the manifest is not what was written, or cannot be read.
     """
     path = Path(directory) / str(step) / "manifest.json"
     try:
@@ -85,6 +85,8 @@ def manifest(directory: Directory, step: int) -> dict[str, Any]:
             raise Damaged(_damage(path.parent, path.name, "is gone")) from None
         there = ", ".join(map(str, steps(directory))) or "none"
         raise BadInput(f"no checkpoint of step {step} in {directory}; there are: {there}") from None
+    except OSError as error:
+        raise Damaged(_damage(path.parent, path.name, error.strerror or str(error))) from None
     try:
         content = json.loads(text)
         seal = content.pop("sha256")
@@ -138,7 +140,7 @@ def restore(directory: Directory, step: int, like: PyTree, part: str = "") -> An
     saved = manifest(directory, step)
     under = f"{part}/" if part else ""
     specs = {name: spec for name, spec in saved["arrays"].items() if name.startswith(under)}
-    wanted = {under + name: leaf for name, leaf in _named(like).items()}
+    wanted = {under + name: leaf for name, leaf in named(like).items()}
     _same({name: _spec(leaf) for name, leaf in wanted.items()}, specs, folder)
     with ThreadPoolExecutor() as pool:
         for check in [pool.submit(_check, folder, name, seal) for name, seal in saved["files"].items()]:
@@ -149,7 +151,7 @@ def restore(directory: Directory, step: int, like: PyTree, part: str = "") -> An
         raise Damaged(_damage(folder, "state", "gives other arrays than were saved"))
     state = jax.tree.map(_place, like, jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted]))
     # Without x64 JAX narrows float64 in silence.
-    _same({under + name: _spec(leaf) for name, leaf in _named(state).items()}, specs, folder)
+    _same({under + name: _spec(leaf) for name, leaf in named(state).items()}, specs, folder)
     return state
 
 
@@ -323,7 +325,7 @@ class Saver:
             "step": int(arrays["step"]),
             "metrics": {name: _finite(value) for name, value in metrics.items()} if metrics is not None else None,
             "extra": extra,
-            "arrays": {name: _spec(leaf) for name, leaf in _named(state).items()},
+            "arrays": {name: _spec(leaf) for name, leaf in named(state).items()},
         }
         self._flight = self._thread.submit(self._save, arrays, content)
         return time.perf_counter() - start
@@ -437,7 +439,7 @@ def _discard(step: Path) -> Path:
 
 def digest(state: PyTree) -> str:
     """SHA-256 over paths, dtypes, shapes and bytes of all leaves: two States are equal if and only if theirs are."""
-    return _digest({name: _spec(leaf) for name, leaf in _named(state).items()}, _fetch(state))
+    return _digest({name: _spec(leaf) for name, leaf in named(state).items()}, _fetch(state))
 
 
 def _digest(specs: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> str:
@@ -448,13 +450,13 @@ def _digest(specs: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> str:
     return total.hexdigest()
 
 
-def _named(tree: PyTree) -> dict[str, Any]:
+def named(tree: PyTree) -> dict[str, Any]:
     """Leaves by path, "opt_state/0/mu/Dense_0/kernel". None and empty nodes are none, so nothing can drop them."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    if len(named) < len(leaves):
-        raise ValueError("two leaves of the State share a path; is there a '/' in a name?")
-    return named
+    by_path = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    if len(by_path) < len(leaves):
+        raise ValueError("two leaves of a tree share a path; is there a '/' in a name?")
+    return by_path
 
 
 def _spec(leaf: Any) -> str:
@@ -464,7 +466,7 @@ def _spec(leaf: Any) -> str:
 
 def _fetch(state: PyTree) -> dict[str, np.ndarray]:
     """Copies on the host. On the CPU a mere view would share the buffers, and so forbid their donation."""
-    leaves = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in _named(state).items()}
+    leaves = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in named(state).items()}
     for name, leaf in leaves.items():
         if isinstance(leaf, jax.Array):
             # a second handle to the same buffers, as jax 0.11 keeps such a view with the handle that was copied from

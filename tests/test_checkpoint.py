@@ -269,6 +269,16 @@ def test_every_bit_of_a_manifest_counts(tmp_path):
         checkpoint.manifest(tmp_path, 2)
 
 
+def test_a_manifest_that_cannot_be_read_is_damage_and_ends_no_run(tmp_path):
+    save(tmp_path, make_state(1), metrics={"accuracy": 0.5})
+    (tmp_path / "1" / "manifest.json").unlink()
+    (tmp_path / "1" / "manifest.json").mkdir()  # as of a file system that is ill: an OSError, but not of a missing file
+    with pytest.raises(Damaged, match=r"manifest\.json: Is a directory"):
+        checkpoint.manifest(tmp_path, 1)
+    save(tmp_path, make_state(2), metrics={"accuracy": 0.4})  # which ranks and prunes
+    assert (checkpoint.restore_best(tmp_path, like(make_state()), ("accuracy", "max"), print) or [None])[0] == 2
+
+
 def test_arrays_read_otherwise_than_saved_are_refused(tmp_path):
     save(tmp_path / "a", make_state(1))
     save(tmp_path / "b", make_state(1, kernel=jnp.zeros((8, 4))))
