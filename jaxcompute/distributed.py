@@ -3,6 +3,7 @@
     start(...)       joins the processes that a launcher, or three flags, started; with one process it does nothing
     together()       a block that fails in every process where it fails in one, told once
     share(text)      process 0's text in every process
+    each(text)       every process's text in every process
     agreed(signals)  when to stop: a signal to any process stops all of them after one and the same step
 
 What is agreed passes through the runtime's key-value store on the host, not through the devices: the compiled program
@@ -32,13 +33,14 @@ from jaxcompute.errors import BadInput, Elsewhere, line_of
 
 LATE = "ran past its limit"
 ROLL_CALL = 5.0  # seconds for a process to answer, if it is alive
+ASKED = 2**31 - 1  # milliseconds, as long as the store takes a question: 24.8 days
 PATIENCE = 3600  # seconds to wait for a peer that is alive: one that prepares a data set, or compiles
 COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # of this step: an interactive shell is a step of one
 _calls = itertools.count()  # every process makes the same calls in the same order: a call's number names its keys
 _told: BaseException | None = None  # the error that the other processes know of
 _silence = 100.0  # seconds after which a process is taken for lost
 _limit = 0.0  # seconds that the loop may stand still; 0: any
-_moved = 0.0  # when it last came further
+_moved = math.inf  # when it last came further; inf: it is not measured now
 
 
 # -- joining -----------------------------------------------------------------------------------------------------------
@@ -61,7 +63,7 @@ def start(
         processes: how many there are.
         process: which this is, from 0.
         heartbeat_timeout: seconds of silence within which a process is taken for lost, and the others end.
-        step_timeout: seconds that the loop of `agreed` may stand still; 0: any.
+        step_timeout: seconds that the loop of `agreed` may stand still, from its first `moved` on; 0: any.
 
     Raises:
         BadInput: some of the three are missing or wrong, the address cannot be listened on, or nobody answers.
@@ -156,6 +158,15 @@ def share(text: str) -> str:
     return client.blocking_key_value_get(key, PATIENCE * 1000)
 
 
+def each(text: str) -> list[str]:
+    """What every process gave, by their number, in all of them."""
+    if not several():
+        return [text]
+    client, key = _client(), f"jaxcompute/{next(_calls)}"
+    client.key_value_set(f"{key}/{jax.process_index()}", text)
+    return [client.blocking_key_value_get(f"{key}/{i}", PATIENCE * 1000) for i in range(jax.process_count())]
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """All processes leave the block, or none does: an error in one is raised there, and as Elsewhere in the others.
@@ -191,17 +202,20 @@ def agreed(
 
     One process stops as soon as it has a signal. Of several, the one that has it says so, each then says how far its
     loop has come, and all stop at the first step beyond; so an evaluation or a compilation that is under way comes to
-    its end first, however long it takes. An error in one loop, or a loop that stands still for longer
-    than the limit of `start`, ends all: each tells why, and which process does not answer any more.
+    its end first, however long it takes. An error in one loop, or a loop that has begun and stands still for longer
+    than the limit of `start`, ends all: each tells why, and which process does not answer any more. What comes before
+    the first question, or `moved`, and what is done `unhurried`, is no step: it may take its time.
 
     Args:
         signals: that came to this process; that which came to another is put in front.
         alike: errors that are raised in all processes at one step, so none need be told.
         lost: is given what ended another process, before this one ends too.
     """
+    global _moved
     if not several():
         yield lambda at: bool(signals)
         return
+    _moved = math.inf
     client, key, me = _client(), f"jaxcompute/{next(_calls)}", jax.process_index()
     reached, last = 0, sys.maxsize  # steps: that this loop has asked about, and beyond which it stops
     quiet = 0.3 * _silence  # seconds; jax takes half of it, at the least
@@ -213,10 +227,13 @@ def agreed(
 
     def listen() -> None:
         nonlocal last
-        try:
-            word, _, message = client.blocking_key_value_get(f"{key}/word", 2**31 - 1).partition(" ")
-        except jax.errors.JaxRuntimeError:  # jax ends this process too, with more words
-            end("process 0, which coordinates the others, is lost", stacks=True)
+        word, message = "", ""
+        while not word:
+            try:
+                word, _, message = client.blocking_key_value_get(f"{key}/word", ASKED).partition(" ")
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):  # jax ends this process too, with more words
+                    end("process 0, which coordinates the others, is lost", stacks=True)
         if word == "lost":
             end(message, stacks=True)
         if word == "failed":
@@ -298,7 +315,6 @@ def agreed(
             reached = at
             return at > last
 
-    moved()
     threads = [threading.Thread(target=target, name=target.__name__, daemon=True) for target in (listen, beat, watch)]
     for thread in threads:
         thread.start()
@@ -321,6 +337,15 @@ def moved() -> None:
     """The loop, or an evaluation in it, has come a step further."""
     global _moved
     _moved = time.monotonic()
+
+
+@contextlib.contextmanager
+def unhurried() -> Iterator[None]:
+    """What is done in the block is no step, and may take longer than one may."""
+    global _moved
+    _moved = math.inf
+    yield
+    moved()
 
 
 def _client() -> Any:

@@ -605,14 +605,12 @@ def loop(
         found = checkpoint.restore_newest(workdir / "checkpoints", program.abstract, say) if workdir else None
         if workdir and found is None:
             refuse_to_lose(workdir)
-    at, state, sums = restart(program, workdir, found, say)
-    owed = evaluation_owed(workdir, at)
-    with distributed.together():
         run = fingerprint(program) if workdir else {}
         changes = changed(workdir, program, run) if workdir else []
         if changes and not allow_changes:
             mend = "--allow_changes goes on with it, or take another --workdir"
             raise BadInput(f"{workdir} holds a run of the same config, but {'; '.join(changes)}: {mend}")
+    at, state, sums, owed = restart(program, workdir, found, say)
     alone = signals if jax.process_count() == 1 else []  # of several processes none may stop by itself
     if at < exp.steps and not alone:
         with distributed.together():
@@ -671,23 +669,25 @@ def loop(
                 scalars = {f"train/{k}": v for k, v in values.items() if isinstance(v, float) and k != "step"}
                 tell(due_at, scalars | clock.rates(due_at, reading, waited))
 
-        def settle() -> list[Any]:
+        def settle() -> Metrics:
             """Waits for the last step; the sums of the log period that is under way."""
             report()
-            return [leaf.tolist() for leaf in jax.tree.leaves(checked(at if at > since else 0, jax.device_get(sums)))]
+            return checked(at if at > since else 0, jax.device_get(sums))
 
-        def save(results: dict[str, float], carried: list[Any], owed: bool = False) -> None:
+        def save(results: dict[str, float], carried: Metrics, owed: bool = False) -> None:
             """The sums go with the State, so that a run that goes on logs the unbroken run's values."""
             if saver:
                 if not finite(state.params):  # loss and gradient were, or the step had not advanced
                     spoiled(f"step {at}: the update is not finite")
-                saver.save(state, results, {"sums": carried, "owed": owed})
+                written()  # by all, or the others would take the wait of process 0 for a step that hangs
+                by_path = {name: leaf.tolist() for name, leaf in checkpoint.named(carried).items()}
+                saver.save(state, results, {"sums": by_path, "owed": owed})
             if home:
                 kwh = clock.kwh()
                 log.status(home, "running", step=at, of=exp.steps, kwh=None if kwh is None else spent + kwh)
             clock.restart(at)
 
-        def assess(carried: list[Any]) -> None:
+        def assess(carried: Metrics) -> None:
             """Evaluates and saves. A signal breaks it off: the run that goes on owes it, and begins with it."""
             results = evaluate(program, state, alone)
             if alone and not results:
@@ -701,14 +701,19 @@ def loop(
                 log.write_json(home / "evaluation.json", log.evaluation(at, results, exp.classes))
             save(scalars, carried)
 
-        def halt() -> NoReturn:
+        def written() -> None:
+            """Waits for the save under way, which process 0 alone writes, however long that takes."""
             if saver:
-                with distributed.together():
+                with distributed.unhurried(), distributed.together():
                     saver.wait()
+
+        def halt() -> NoReturn:
+            written()
             raise Preempted(signals[0], at, saved=bool(saver))
 
+        distributed.moved()  # from here on a step has its limit
         if owed:
-            assess(owed)
+            assess(jax.device_get(sums))
         while at < exp.steps:
             before = at
             aligned = at % config.steps_per_call == 0 and at + config.steps_per_call <= exp.steps
@@ -732,9 +737,8 @@ def loop(
                 assess(settle())
             elif due(before, at, config.save_every) or stop:
                 save({}, settle())
-            if last and saver:
-                with distributed.together():  # process 0 alone has something to wait for
-                    saver.wait()
+            if last:
+                written()
             if stop and not last:
                 halt()
     return state
@@ -766,8 +770,8 @@ def due(before: int, at: int, every: int) -> bool:
 
 def restart(
     program: Program, workdir: Path | None, found: tuple[int, State] | None, say: Callable[[str], None]
-) -> tuple[int, State, Metrics]:
-    """Where to go on: the step, State and sums of the checkpoint that was found, or step 0.
+) -> tuple[int, State, Metrics, bool]:
+    """Where to go on: step, State and sums of the checkpoint that was found, or step 0; whether it owes an evaluation.
 
     Raises:
         BadInput: the processes did not find the same one.
@@ -779,22 +783,24 @@ def restart(
             newest = f"the newest checkpoint in {workdir} is {first} for process 0 and {own} for another"
             raise BadInput(f"{newest}: put the work directory on a file system that all processes share")
     if workdir is None or found is None:
-        return 0, program.init(), program.sums()
+        return 0, program.init(), program.sums(), False
     at, state = found
     say(f"resuming at step {at:,} of {program.exp.steps:,}")
-    empty = program.sums()
-    carried = checkpoint.manifest(workdir / "checkpoints", at)["extra"]["sums"]
-    leaves, tree = jax.tree.flatten(empty)
-    values = [np.asarray(value, leaf.dtype) for value, leaf in zip(carried, leaves, strict=True)]
-    return at, state, sharding.put(program.mesh, sharding.WHOLE, jax.tree.unflatten(tree, values))
-
-
-def evaluation_owed(workdir: Path | None, at: int) -> list[Any] | None:
-    """The sums to carry on, where the checkpoint of this step was saved before its evaluation came to an end."""
-    if workdir is None or at == 0:
-        return None
     extra = checkpoint.manifest(workdir / "checkpoints", at)["extra"]
-    return extra["sums"] if extra.get("owed") else None
+    return at, state, carry(program, extra["sums"], say), extra.get("owed", False)
+
+
+def carry(program: Program, saved: dict[str, Any] | list[Any], say: Callable[[str], None]) -> Metrics:
+    """The sums that were saved by path; empty ones where the step counts something else since, as is then said."""
+    empty = program.sums()
+    leaves = checkpoint.named(empty)
+    if isinstance(saved, list):  # before they had names: in the order of the leaves
+        saved = dict(zip(leaves, saved, strict=True)) if len(saved) == len(leaves) else {}
+    if {name: np.shape(value) for name, value in saved.items()} != {name: leaf.shape for name, leaf in leaves.items()}:
+        say("a step counts other metrics than it did: the log period that was under way has only those of its rest")
+        return empty
+    values = [np.asarray(saved[name], leaf.dtype) for name, leaf in leaves.items()]
+    return sharding.put(program.mesh, sharding.WHOLE, jax.tree.unflatten(jax.tree.structure(empty), values))
 
 
 def announce(program: Program, at: int, instruments: Instruments, say: Callable[[str], None]) -> None:

@@ -262,6 +262,7 @@ from jaxcompute.core import Run
 
 fault, who, coordinator, processes, process = (argument.rpartition("=")[2] for argument in sys.argv[1:])
 distributed.start(coordinator, int(processes), int(process), heartbeat_timeout=10, step_timeout=4)
+distributed.ASKED = 1000  # milliseconds
 mesh = sharding.make_mesh(Run())
 total = jax.jit(lambda x: x.sum(), out_shardings=jax.NamedSharding(mesh, sharding.WHOLE))
 x = sharding.put(mesh, sharding.BATCH, np.ones(8, np.float32))
@@ -283,11 +284,20 @@ of_name = socket.inet_aton(socket.gethostbyname(socket.gethostname()))[::-1].hex
 at = {tuple(address[-13:].split(":")) for address in listeners(os.getpid())}
 assert at and {host for host, _ in at} <= {"0100007F", of_name}, at
 assert process == "1" or ("0100007F", f"{int(coordinator.rpartition(':')[2]):04X}") in at, at
+def slow():
+    time.sleep(6 if process == who else 0)
+
+assert distributed.each(f"of {process}") == ["of 0", "of 1"]
 with distributed.agreed([], (), lambda why: print("lost:", why, flush=True)) as stop:
+    if fault == "slow":  # to start
+        slow()
     for step in range(1, 1000):
         total(x).block_until_ready()
         stop(step)
-        if (step, process) == (5, who):
+        if fault == "slow" and step == 5:  # to save
+            with distributed.unhurried(), distributed.together():
+                slow()
+        elif (step, process) == (5, who):
             faults[fault]()
 """
 
@@ -316,6 +326,12 @@ def test_what_ends_one_process_ends_all_and_each_says_what_it_was(fault, who, co
     assert stacks is None or stacks in said[who if fault == "stuck" else 1 - who], ended
     assert fault != "error" or said[who].endswith("OSError: the disk is full"), ended
     assert time.monotonic() - began < 45
+
+
+def test_what_comes_before_the_steps_and_a_save_may_take_longer_than_a_step(tmp_path):
+    (tmp_path / "loop.py").write_text(LOOP)
+    ended = Several([str(tmp_path / "loop.py"), "slow", "0"]).end(60)
+    assert [code for code, _ in ended] == [0, 0], ended
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,41 @@ def test_a_loss_may_count_anything(tmp_path):
     assert 0 <= log.read(tmp_path)[10]["train/ece"] <= 1
 
 
+def counting(name, factor=1.0):
+    """The tiny MLP, saved within a log period, whose loss counts one thing more, of that name."""
+    exp = tiny.mlp(**on(1, steps=15, log_every=6, save_every=4, eval_every=15))
+
+    def loss(outputs, batch):
+        scalar, seen = exp.loss(outputs, batch)
+        return scalar, seen | {name: metrics.Mean.of(jax.numpy.full(len(outputs), factor))}
+
+    return dataclasses.replace(exp, loss=loss)
+
+
+@pytest.mark.parametrize("fewer", [False, True], ids=["one for another", "one more"])
+def test_other_metrics_are_told_and_begin_a_log_period_of_their_own_where_that_is_meant(fewer, tmp_path):
+    old, new = tiny.mlp(**on(1, steps=15, log_every=6, save_every=4, eval_every=15)), counting("new", 2.0)
+    with pytest.raises(Stop):
+        fit(old if fewer else counting("old"), tmp_path, write=stop_at(9))  # saved at 8; from 7 on a log period
+    with pytest.raises(BadInput, match="holds a run of the same config, but its step computes otherwise"):
+        fit(new, tmp_path)
+    said = []
+    train.fit(new, tmp_path, say=said.append, allow_changes=True)
+    assert any("counts other metrics" in line for line in said)
+    assert log.read(tmp_path)[12]["train/new"] == 2.0 and "train/old" not in log.read(tmp_path)[12]
+
+
+def test_sums_of_before_they_had_names_are_carried_on(tmp_path):
+    exp = tiny.mlp(mesh_data=1)
+    mesh = sharding.make_mesh(exp.config)
+    program, said = train.compile(train.resolve(exp, mesh), mesh), []
+    leaves = checkpoint.named(program.sums())
+    saved = [float(i) for i, _ in enumerate(leaves)]
+    assert [float(x) for x in jax.tree.leaves(train.carry(program, saved, said.append))] == saved and not said
+    empty = train.carry(program, saved[1:], said.append)
+    assert not any(float(x) for x in jax.tree.leaves(empty)) and said
+
+
 def test_parameters_spoiled_by_the_last_step_are_not_saved(tmp_path):
     def train_step(exp, state, batch):
         new, seen = train.step.train_step(exp, state, batch)
