@@ -58,7 +58,9 @@ class Run:
     keep_last: Annotated[int, "newest checkpoints kept", Range(ge=1)] = 3
     keep_best: Annotated[int, "best checkpoints kept besides", Range(ge=0)] = 1
     steps_per_call: Annotated[
-        int, "steps in one compiled call; 0: 1 on the CPU, up to 8 on a GPU", Range(ge=0, le=2**16)
+        int,
+        "steps in one compiled call; 0: on a GPU 8, or what a log, evaluation or save period has of them; else 1",
+        Range(ge=0, le=2**16),
     ] = 0
     mesh_data: Annotated[int, "devices that split the batch; -1: all that remain", Range(ge=-1)] = -1
     mesh_fsdp: Annotated[int, "devices that split the batch and the parameters as well", Range(ge=-1)] = 1

@@ -144,8 +144,9 @@ def resolve(exp: Experiment, mesh: jax.sharding.Mesh) -> Experiment:
         raise BadInput(f"bfloat16 on the CPU is broken in jaxlib {jaxlib}: set XLA_FLAGS={MEND}")
     if config.steps_per_call == 0:
         # a rolled loop over convolutions other than those of models/conv.py is some 30 times slower on the CPU; a
-        # streamed batch is one step's
-        config = dataclasses.replace(config, steps_per_call=1 if cpu or not exp.train.resident else 8)
+        # streamed batch is one step's; what is due within a call is done after it
+        most = min(8, exp.steps, config.log_every, config.eval_every or 8, config.save_every or 8)
+        config = dataclasses.replace(config, steps_per_call=1 if cpu or not exp.train.resident else most)
     if config.steps_per_call > 1 and not exp.train.resident:
         raise BadInput(f"--config.steps_per_call={config.steps_per_call}: a streamed batch is one step's; give 1")
     rows = -(-exp.eval.batch_size // sharding.rows(mesh)) * sharding.rows(mesh)
@@ -492,6 +493,15 @@ def refuse_to_lose(workdir: Path) -> None:
         raise BadInput(f"{lost}: bring them back, or take another --workdir")
 
 
+def set_aside(workdir: Path, say: Callable[[str], None]) -> None:
+    """The log of a run that has saved and whose checkpoints are gone; one that never came to a save may go."""
+    rows = log.read(workdir)
+    if rows and log.read_status(workdir).get("step") != 0:
+        kept = workdir / f"metrics-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+        (workdir / "metrics.jsonl").rename(kept)
+        say(f"{workdir} has a log up to step {max(rows):,} and no checkpoint: begun anew, its log kept as {kept.name}")
+
+
 def running(workdir: Path) -> bool:
     """Whether this process has begun to train there."""
     status = log.read_status(workdir)
@@ -621,6 +631,8 @@ def loop(
         say(f"already at step {at:,} of {exp.steps:,}: nothing to do")
         return state
     if home:
+        if found is None:
+            set_aside(home, say)
         log.status(home, "running", step=at, of=exp.steps)
         say(f"after a kill the same command goes on with {shlex.quote(f'--workdir={workdir}')}")
     if alone:
@@ -954,11 +966,13 @@ def stop_signals() -> Iterator[list[int]]:
 def evaluate_checkpoint(exp: Experiment, workdir: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Evaluate the best checkpoint of a work directory, or the newest where none is ranked; damaged ones are named.
 
+    Where code or data are no longer those of the run, `say` is told what differs.
+
     Returns:
         What evaluation.json then holds; where it cannot be written, `say` is told.
 
     Raises:
-        BadInput: there is none, or it is not of this experiment and config.
+        BadInput: there is none, or it is not of this experiment and config; or its evaluation does not fit the memory.
     """
     directory = workdir / "checkpoints"
     with distributed.together():
@@ -967,10 +981,16 @@ def evaluate_checkpoint(exp: Experiment, workdir: Path, say: Callable[[str], Non
         found = checkpoint.restore_best(directory, program.abstract, exp.best, say)
         if found is None:
             raise BadInput(f"no checkpoint in {directory}: train first, or give the --workdir of a run that was saved")
+        changes = changed(workdir, program, fingerprint(program))
+    if changes:
+        say(f"{workdir} holds a run of the same config, but {'; '.join(changes)}: what follows is of what there is now")
     at, state = found
     say(f"evaluating step {at:,} of {workdir} on {exp.eval.size:,} examples")
-    with contextlib.closing(program):
-        results = log.evaluation(at, evaluate(program, state), exp.classes)
+    try:
+        with contextlib.closing(program):
+            results = log.evaluation(at, evaluate(program, state), exp.classes)
+    except OutOfMemory as error:
+        raise BadInput(line_of(error)) from None
     if home := home_of(workdir):
         try:
             log.write_json(home / "evaluation.json", results)

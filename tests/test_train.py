@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import time
+import types
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -217,6 +219,19 @@ def test_the_loop_sums_what_the_steps_counted():
         assert seen[5][end]["train/learning_rate"] == seen[1][end]["train/learning_rate"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "most"),
+    [({}, 8), ({"log_every": 3}, 3), ({"eval_every": 5}, 5), ({"save_every": 2}, 2), ({"steps": 7}, 7)],
+)
+def test_a_call_on_a_gpu_has_no_more_steps_than_a_period_has(fields, most):
+    gpu: Any = types.SimpleNamespace(
+        devices=np.array([types.SimpleNamespace(platform="gpu")]), shape={"data": 1, "fsdp": 1}
+    )
+    exp = tiny.mlp(**({"steps": 100, "log_every": 50, "eval_every": 0} | fields))
+    assert train.resolve(exp, gpu).config.steps_per_call == most
+    assert train.resolve(exp, sharding.make_mesh(exp.config)).config.steps_per_call == 1
+
+
 def test_several_steps_a_call_are_the_same_steps():
     exp = tiny.mlp(**on(1))
     one = fit(exp)
@@ -392,6 +407,37 @@ def test_the_best_checkpoint_is_kept_and_evaluated(tmp_path):
     assert (tmp_path / "evaluation.json").read_bytes() == before
     with pytest.raises(BadInput, match="no checkpoint"):
         train.evaluate_checkpoint(exp, tmp_path / "nothing", quiet)
+
+
+def test_an_evaluation_by_other_code_or_data_than_the_runs_says_so(tmp_path):
+    exp = tiny.mlp(**on(1))
+    fit(exp, tmp_path)
+    other = {
+        "its eval was 23 examples": {"eval": memory.in_order(tiny.arrays(22), 8)},
+        "its step computes otherwise": {"prepare": lambda batch, key, train: tiny.prepare(batch, key, False)},
+    }
+    for words, change in other.items():
+        said = []
+        train.evaluate_checkpoint(dataclasses.replace(exp, **change), tmp_path, said.append)
+        assert words in said[0] and "what follows is of what there is now" in said[0]
+    said = []
+    train.evaluate_checkpoint(exp, tmp_path, said.append)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_log_whose_checkpoints_are_gone_is_kept_aside_where_there_were_any(saved, tmp_path):
+    with pytest.raises(Stop):
+        fit(tiny.mlp(**on(1)), tmp_path, write=stop_at(8 if saved else 5))  # saved at 6; the log has 4 and maybe 6
+    log.status(tmp_path, "running", step=log.read_status(tmp_path)["step"], of=12)  # as SIGKILL would leave it
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "checkpoints")
+    said = []
+    train.fit(tiny.mlp(**on(1)), tmp_path, say=said.append)
+    kept = [path.read_bytes() for path in tmp_path.glob("metrics-*.jsonl")]
+    assert kept == ([before] if saved else [])
+    assert any("begun anew, its log kept as" in line for line in said) == saved
+    assert list(log.read(tmp_path)) == [4, 6, 8, 12]
 
 
 @pytest.mark.parametrize(
