@@ -65,9 +65,16 @@ class Recompile(Exception):
 
 
 class OutOfMemory(Exception):
-    """A step needs more memory than its devices have; the message names what to change."""
+    """A batch, or the data, needs more memory than the devices have; the message names what to change."""
 
-    def __init__(self, exp: Experiment, mesh: jax.sharding.Mesh, need: int | None, free: int | None):
+    def __init__(
+        self,
+        exp: Experiment,
+        mesh: jax.sharding.Mesh,
+        need: int | None,
+        free: int | None,
+        of: Literal["train", "eval", "data"] = "train",
+    ):
         config = exp.config
         knobs = ["a smaller --config.batch_size"]
         platform = mesh.devices.flat[0].platform
@@ -77,10 +84,15 @@ class OutOfMemory(Exception):
             knobs.append(f"--config.mesh_fsdp={sharding.rows(mesh)} to split the parameters")
         if config.precision == "float32" and platform == "gpu":
             knobs.append("--config.precision=bfloat16")
+        what, mend = {
+            "train": (f"--config.batch_size={config.batch_size}", f"take {', or '.join(knobs)}"),
+            "eval": (f"an evaluation's batch of {exp.eval.batch_size:,}", "give Experiment.eval a smaller one"),
+            "data": ("the data, whole on each device,", "stream it (jaxcompute.data.stream), or take less of it"),
+        }[of]
         needs = "does not fit" if need is None else f"needs {log.quantity(need, 'B')} a device"
         room = "" if free is None else f", and {log.quantity(free, 'B')} are free"
-        super().__init__(f"--config.batch_size={config.batch_size} {needs}{room}: take {', or '.join(knobs)}")
-        self.need, self.free = need, free
+        super().__init__(f"{what} {needs}{room}: {mend}")
+        self.need, self.free, self.of = need, free, of
 
 
 class WontFit(OutOfMemory, BadInput):
@@ -112,6 +124,7 @@ class Program(NamedTuple):
     text: Callable[[], str]  # of the step's call as it is lowered: what it computes, and on which mesh
     flops: Callable[[], float]  # of one optimizer step over all devices: matrix products and convolutions
     memory: Callable[[], dict[str, int]]  # bytes a device by what they hold, their sum is the need; {}: not told
+    eval_memory: Callable[[], dict[str, int]]  # the same while an evaluation runs; compiles its step
 
     def close(self) -> None:
         """End the threads and processes that feed it."""
@@ -197,8 +210,9 @@ def compile(exp: Experiment, mesh: jax.sharding.Mesh) -> Program:
     def eval_one(state: State, sums: Metrics, feed: Batch, at: jax.Array) -> Metrics:
         return metrics.add(sums, measure(state, feed, at))
 
-    feed = Feeder(mesh, exp.train, exp.steps, "train", len(exp.classes))
-    eval_feed = Feeder(mesh, exp.eval, exp.eval.steps, "eval", len(exp.classes))
+    with tells_of_memory(exp, mesh, "data"):
+        feed = Feeder(mesh, exp.train, exp.steps, "train", len(exp.classes))
+        eval_feed = Feeder(mesh, exp.eval, exp.eval.steps, "eval", len(exp.classes))
     fed, eval_fed = feed.like, eval_feed.like
     plain = jax.eval_shape(init, fed)
     placed = sharding.shardings(mesh, exp.rule, plain)
@@ -238,21 +252,27 @@ def compile(exp: Experiment, mesh: jax.sharding.Mesh) -> Program:
         count = exp.config.steps_per_call
         return flops.count(traced(count).jaxpr.jaxpr) / count
 
+    measured = jax.jit(eval_one, donate_argnums=1 if exp.eval.resident else (), out_shardings=whole)
+    kept = {
+        "parameters": sharding.bytes_per_device((abstract.params, abstract.mutable, abstract.ema)),
+        "optimizer": sharding.bytes_per_device(abstract.opt_state),
+    }
+
     def memory() -> dict[str, int]:
         m = compiled(exp.config.steps_per_call).memory_analysis()
         if m is None:
             return {}
         total = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
-        parts = {
-            "parameters": sharding.bytes_per_device((abstract.params, abstract.mutable, abstract.ema)),
-            "optimizer": sharding.bytes_per_device(abstract.opt_state),
-            "data": sharding.bytes_per_device(fed),
-        }
-        parts["activations and temporaries"] = max(0, total - sum(parts.values()))
-        parts["data"] += sharding.bytes_per_device(eval_fed)  # lies there beside
-        return parts
+        made = max(0, total - sum(kept.values()) - sharding.bytes_per_device(fed))
+        return kept | {"data": feed.held(True) + eval_feed.held(False), "activations and temporaries": made}
 
-    measured = jax.jit(eval_one, donate_argnums=1 if exp.eval.resident else (), out_shardings=whole)
+    def eval_memory() -> dict[str, int]:
+        like = jax.tree.map(lambda x: x.update(sharding=whole), counted)
+        m = measured.lower(abstract, like, eval_fed, np.int32(0)).compile().memory_analysis()
+        if m is None:
+            return {}
+        made = m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+        return kept | {"data": feed.held(False) + eval_feed.held(True), "activations and temporaries": max(0, made)}
 
     return Program(
         exp=exp,
@@ -269,6 +289,7 @@ def compile(exp: Experiment, mesh: jax.sharding.Mesh) -> Program:
         text=lambda: lowered(exp.config.steps_per_call).as_text(),
         flops=work,
         memory=memory,
+        eval_memory=eval_memory,
     )
 
 
@@ -318,6 +339,11 @@ class Feeder:
             mend = "a source gives each batch the same: pad it and mask it, or leave it out"
             raise Recompile(f"the batch of step {at} would compile the step anew: {changes}; {mend}")
 
+    def held(self, used: bool) -> int:
+        """Bytes a device: a resident set; of a stream, while it is used, a batch, those ahead and those in flight."""
+        batch = sharding.bytes_per_device(self.like)
+        return batch if self.source.resident else (1 + 2 * AHEAD) * batch if used else 0
+
     def blank(self) -> Batch:
         """A batch whose values do not matter."""
         if self.resident is not None:
@@ -359,14 +385,15 @@ def evaluate(program: Program, state: State, signals: Sequence[int] = ()) -> dic
     A mean over no example is left out. {} where it was broken off, by a signal that came on the way.
     """
     sums, ahead = program.eval_sums(), Ahead(most=in_flight(program.mesh))
-    for at in range(program.exp.eval.steps):
-        if signals:
-            return {}
-        distributed.moved()
-        feed = program.eval_feed(at)
-        ahead.hold(sums)
-        sums = program.eval_step(state, sums, feed, np.int32(at))
-    fetched = jax.device_get(sums)
+    with tells_of_memory(program.exp, program.mesh, "eval"):
+        for at in range(program.exp.eval.steps):
+            if signals:
+                return {}
+            distributed.moved()
+            feed = program.eval_feed(at)
+            ahead.hold(sums)
+            sums = program.eval_step(state, sums, feed, np.int32(at))
+        fetched = jax.device_get(sums)
     empty = {name for name, metric in fetched.items() if isinstance(metric, Mean) and not metric.weight}
     return metrics.compute({name: metric for name, metric in fetched.items() if name not in empty})
 
@@ -433,7 +460,7 @@ def fit(
 
         alike = Preempted, NonFinite
         try:
-            with distributed.agreed(signals, alike, lost) as stop:
+            with distributed.agreed(signals, alike, lost) as stop, tells_of_memory(exp, mesh, "train"):
                 state = loop(exp, workdir, mesh, write, say, signals, stop, allow_changes, instruments)
         except BaseException as error:
             if not isinstance(error, BadInput | Elsewhere) or (home and running(home)):  # else nothing ran
@@ -578,25 +605,36 @@ def is_out_of_memory(error: Exception) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
 
 
-def tells_of_memory(loop: Callable[..., State]) -> Callable[..., State]:
+@contextlib.contextmanager
+def tells_of_memory(exp: Experiment, mesh: jax.sharding.Mesh, of: Literal["train", "eval", "data"]) -> Iterator[None]:
     """The runtime's error that the memory is spent, as OutOfMemory."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        if of == "data":  # nothing has run
+            whole = [source.feed(0) for source in (exp.train, exp.eval) if source.resident]
+            spent = WontFit(exp, mesh, sum(x.nbytes for x in jax.tree.leaves(whole)), free_memory(mesh), of)
+        else:
+            spent = OutOfMemory(exp, mesh, None, None, of)
+        for note in getattr(error, "__notes__", []):
+            spent.add_note(note)
+        raise spent from error
 
-    @functools.wraps(loop)
-    def told(exp: Experiment, workdir: Path | None, mesh: jax.sharding.Mesh, *rest: Any) -> State:
-        try:
-            return loop(exp, workdir, mesh, *rest)
-        except jax.errors.JaxRuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            spent = OutOfMemory(exp, mesh, None, None)
-            for note in getattr(error, "__notes__", []):
-                spent.add_note(note)
-            raise spent from error
 
-    return told
+def free_memory(mesh: jax.sharding.Mesh, own: int = 0) -> int | None:
+    """Bytes of a device that JAX may use, less what others, an earlier run say, hold there; None: the CPU doesn't tell.
+
+    Args:
+        own: bytes that may lie there already and are the asker's own.
+    """
+    stats = mesh.local_devices[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - max(0, stats.get("bytes_in_use", 0) - own)
 
 
-@tells_of_memory
 def loop(
     exp: Experiment,
     workdir: Path | None,
@@ -828,13 +866,13 @@ def announce(program: Program, at: int, instruments: Instruments, say: Callable[
     program.steps(config.steps_per_call)
     if at % config.steps_per_call or exp.steps % config.steps_per_call:
         program.steps(1)  # for what is left over; nothing is compiled under way
+    memory, free, evaluation = program.memory(), instruments.free, {}
+    need = sum(memory.values())
+    if free is None:
+        free = free_memory(mesh, own=need - memory.get("activations and temporaries", 0))
+    if free is not None:  # else it is compiled when it is needed: nothing would be foreseen by it
+        evaluation = program.eval_memory()
     seconds = time.perf_counter() - began
-    memory = program.memory()
-    need, free = sum(memory.values()), instruments.free
-    stats = mesh.local_devices[0].memory_stats()
-    if free is None and stats and "bytes_limit" in stats:  # but for what others, an earlier run say, hold there
-        own = need - memory.get("activations and temporaries", 0)
-        free = stats["bytes_limit"] - max(0, stats.get("bytes_in_use", 0) - own)
     say(
         f"{mesh.size} x {device.device_kind} | {config.precision} | "
         f"{exp.steps:,} steps of {config.batch_size:,} ({exp.steps * config.batch_size / exp.train.size:,.1f} epochs "
@@ -843,9 +881,14 @@ def announce(program: Program, at: int, instruments: Instruments, say: Callable[
     if memory:
         parts = ", ".join(f"{name} {log.quantity(size, 'B')}" for name, size in memory.items())
         room = "" if free is None else f" of {log.quantity(free, 'B')}"
-        say(f"memory a device: {log.quantity(need, 'B')}{room}: {parts}")
+        beside = f"; an evaluation: {log.quantity(sum(evaluation.values()), 'B')}" if evaluation else ""
+        say(f"memory a device: {log.quantity(need, 'B')}{room}: {parts}{beside}")
+    if free is not None and memory.get("data", 0) > free:
+        raise WontFit(exp, mesh, memory["data"], free, "data")
     if free is not None and need > free:
         raise WontFit(exp, mesh, need, free)
+    if free is not None and sum(evaluation.values()) > free:
+        raise WontFit(exp, mesh, sum(evaluation.values()), free, "eval")
 
 
 def in_flight(mesh: jax.sharding.Mesh) -> int | None:

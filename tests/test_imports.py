@@ -33,7 +33,7 @@ MAY = {
     "data.augment": {"core", "metrics"},
     "data.memory": {"core", "data.order", "data.augment"},
     "sweep": {"config", "log", "sweep"},
-    "compute": {"train", "core", "flops", "step", "sharding", "log", "metrics", "compute"},
+    "compute": {"train", "core", "distributed", "flops", "step", "sharding", "log", "metrics", "compute"},
     "interactive": {"train", "core", "step", "sharding", "checkpoint", "log", "metrics"},
     "errors": set(),
     "locks": set(),

@@ -297,7 +297,7 @@ def run(
     if total > 1 and batch % even == 0:
         ladder.append(Setting(fastest, batch, total))
     batches = []
-    free = memory.limit(sharding.make_mesh(placed(exp, Setting(fastest, batch)).config))
+    free = train.free_memory(sharding.make_mesh(placed(exp, Setting(fastest, batch)).config))
     sizes = [max(1, batch // 4), batch, 4 * batch] if free is None else [batch * 2**i // 4 for i in range(12)]
     unit = exp.config.accumulate
     most = exp.train.size // unit * unit

@@ -9,26 +9,27 @@ from collections.abc import Callable
 
 import jax
 
-from jaxcompute import sharding, step, train
+from jaxcompute import distributed, sharding, step, train
 from jaxcompute.core import Experiment
 from jaxcompute.errors import BadInput, line_of
 from jaxcompute.log import quantity
 
 
 def advice(exp: Experiment, error: train.OutOfMemory) -> str:
-    """The error's line, with the largest batch that fits where the free memory is known."""
+    """The error's line, with the largest batch that fits where the free memory is known and a batch was too large."""
+    error.__cause__ = error.__context__ = None  # its frames hold the arrays of the run that has failed
+    if error.of != "train":
+        return line_of(error)
     mesh = sharding.make_mesh(exp.config)
-    free = error.free or limit(mesh)
+    free = error.free or train.free_memory(mesh)
     if free is None:
         return line_of(error)
-    fits = largest_batch(exp, mesh, free, error.need)
+    try:
+        fits = largest_batch(exp, mesh, free, error.need)
+    except (jax.errors.JaxRuntimeError, train.OutOfMemory):  # the search needs memory too
+        return line_of(error)
     found = "no batch fits" if fits is None else f"the largest that fits is --config.batch_size={fits}"
     return f"{line_of(error)}; {found}"
-
-
-def limit(mesh: jax.sharding.Mesh) -> int | None:
-    """Bytes of a device that JAX may use; None: it doesn't tell, as the CPU."""
-    return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
 
 
 def need(exp: Experiment, mesh: jax.sharding.Mesh) -> int:
@@ -85,38 +86,48 @@ def fit(exp: Experiment, free: int | None, say: Callable[[str], None]) -> Experi
     A batch norm then sees a micro-batch at a time, as with any accumulation.
 
     Args:
-        free: bytes a device; None: what the device tells.
+        free: bytes a device; None: what the device tells. Of several processes the least of all counts.
 
     Raises:
         BadInput: not even one example a device fits, or the device doesn't tell its memory.
     """
     mesh = sharding.make_mesh(exp.config)
-    free = limit(mesh) if free is None else free
     platform = mesh.devices.flat[0].platform
-    if platform in step.UNROLLED:
-        raise BadInput(
-            f"--fit_memory: accumulation saves no memory on the {platform}; give a smaller --config.batch_size"
-        )
-    if free is None:
-        raise BadInput("--fit_memory: this device doesn't tell how much memory it has; give --memory_limit=BYTES")
+    with distributed.together():
+        free = train.free_memory(mesh) if free is None else free
+        if platform in step.UNROLLED:
+            raise BadInput(
+                f"--fit_memory: accumulation saves no memory on the {platform}; give a smaller --config.batch_size"
+            )
+        if free is None:
+            raise BadInput("--fit_memory: this device doesn't tell how much memory it has; give --memory_limit=BYTES")
+    least = min(map(int, distributed.each(str(free))))
+
+    def needed(accumulate: int) -> int:
+        """By the process that needs most: all must come to the same program."""
+        with distributed.together():
+            own = need(with_batch(exp, batch, accumulate), mesh)
+        return max(map(int, distributed.each(str(own))))
+
     batch, before = exp.config.batch_size, exp.config.accumulate
     share = batch // sharding.rows(mesh)
     counts = [n for n in range(before, share + 1) if share % n == 0]
-    last = need(exp, mesh)
-    if last <= free:
+    last = needed(before)
+    if last <= least:
         return exp
     fits = None
     low, high = 1, len(counts) - 1  # the first that fits lies here
     while low <= high:
         middle = (low + high) // 2
-        last = need(with_batch(exp, batch, counts[middle]), mesh)
-        if last <= free:
+        last = needed(counts[middle])
+        if last <= least:
             fits, high = counts[middle], middle - 1
         else:
             low = middle + 1
     if fits is None:
         smallest = f"one example a device needs {quantity(last, 'B')}"
         knobs = "a smaller model, --config.mesh_fsdp on several devices, or --config.precision=bfloat16"
-        raise BadInput(f"--fit_memory: {smallest}, and {quantity(free, 'B')} are free: take {knobs}")
+        with distributed.together():  # told once
+            raise BadInput(f"--fit_memory: {smallest}, and {quantity(least, 'B')} are free: take {knobs}")
     say(f"micro-batches of {batch // fits:,}: --config.accumulate={fits} keeps the batch of {batch:,}")
     return with_batch(exp, batch, fits)
