@@ -635,6 +635,42 @@ def free_memory(mesh: jax.sharding.Mesh, own: int = 0) -> int | None:
     return stats["bytes_limit"] - max(0, stats.get("bytes_in_use", 0) - own)
 
 
+def begin(
+    exp: Experiment,
+    workdir: Path | None,
+    mesh: jax.sharding.Mesh,
+    say: Callable[[str], None],
+    at_once: Sequence[int],
+    allow_changes: bool,
+    instruments: Instruments,
+) -> tuple[Program, int, State, Metrics, bool]:
+    """All that comes before the first step: compile, restore, compare with the run that is there, announce.
+
+    Returns:
+        The program; where to go on, as `restart` tells. Nothing is written until all of it is known to fit.
+    """
+    home = home_of(workdir)
+    with distributed.together():
+        program = compile(exp, mesh)
+        found = checkpoint.restore_newest(workdir / "checkpoints", program.abstract, say) if workdir else None
+        if workdir and found is None:
+            refuse_to_lose(workdir)
+        run = fingerprint(program) if workdir else {}
+        changes = changed(workdir, program, run) if workdir else []
+        if changes and not allow_changes:
+            mend = "--allow_changes goes on with it, or take another --workdir"
+            raise BadInput(f"{workdir} holds a run of the same config, but {'; '.join(changes)}: {mend}")
+    at, state, sums, owed = restart(program, workdir, found, say)
+    if at < exp.steps and not at_once:
+        with distributed.together():
+            announce(program, at, instruments, say)
+    if home:
+        leave_config(home, exp, mesh, run, say)
+        if found is None:
+            set_aside(home, say)
+    return program, at, state, sums, owed
+
+
 def loop(
     exp: Experiment,
     workdir: Path | None,
@@ -648,33 +684,16 @@ def loop(
 ) -> State:
     """From where the work directory stands to the last step, or to the call after a signal."""
     config, home = exp.config, home_of(workdir)
-    with distributed.together():
-        program = compile(exp, mesh)
-        found = checkpoint.restore_newest(workdir / "checkpoints", program.abstract, say) if workdir else None
-        if workdir and found is None:
-            refuse_to_lose(workdir)
-        run = fingerprint(program) if workdir else {}
-        changes = changed(workdir, program, run) if workdir else []
-        if changes and not allow_changes:
-            mend = "--allow_changes goes on with it, or take another --workdir"
-            raise BadInput(f"{workdir} holds a run of the same config, but {'; '.join(changes)}: {mend}")
-    at, state, sums, owed = restart(program, workdir, found, say)
-    alone = signals if jax.process_count() == 1 else []  # of several processes none may stop by itself
-    if at < exp.steps and not alone:
-        with distributed.together():
-            announce(program, at, instruments, say)
-    if home:
-        leave_config(home, exp, mesh, run, say)  # not before it and its checkpoints are known to fit
+    at_once = signals if jax.process_count() == 1 else []  # of several processes none may stop without the others
+    program, at, state, sums, owed = begin(exp, workdir, mesh, say, at_once, allow_changes, instruments)
     if at >= exp.steps and not owed:
         say(f"already at step {at:,} of {exp.steps:,}: nothing to do")
         return state
     if home:
-        if found is None:
-            set_aside(home, say)
         log.status(home, "running", step=at, of=exp.steps)
         say(f"after a kill the same command goes on with {shlex.quote(f'--workdir={workdir}')}")
-    if alone:
-        raise Preempted(alone[0], at, saved=at > 0)
+    if at_once:
+        raise Preempted(at_once[0], at, saved=at > 0)
     eval_every = config.eval_every or max(1, round(exp.train.size / exp.train.batch_size))
     files = log.writer(home, at, say) if home else contextlib.nullcontext(lambda step, values: None)
     rules = (config.keep_last, config.keep_best, exp.best)
@@ -739,8 +758,8 @@ def loop(
 
         def assess(carried: Metrics) -> None:
             """Evaluates and saves. A signal breaks it off: the run that goes on owes it, and begins with it."""
-            results = evaluate(program, state, alone)
-            if alone and not results:
+            results = evaluate(program, state, at_once)
+            if at_once and not results:
                 save({}, carried, owed=True)
                 halt()
             scalars = {name: value for name, value in results.items() if isinstance(value, float)}
