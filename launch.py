@@ -39,7 +39,7 @@ flags.DEFINE_enum(
     ["train", "evaluate", "replay", "verify_resume", "doctor", "benchmark", "profile"],
     "train; evaluate the best checkpoint, else the latest; replay the step that was not finite and say what was first; "
     "verify_resume: kill a short run at random and compare it with an unbroken one, bit for bit; "
-    "doctor: a page of checks of this machine, each with its mend, and ten seconds of measurement; "
+    "doctor: a page of checks of this machine, each with its mend, and some seconds of measurement; "
     "benchmark: what jit, precision, batch size and devices give this experiment's step; "
     "profile: a trace of a few steps for TensorBoard, time by operation and layer, and what bounds them (roofline)",
 )

@@ -2,7 +2,7 @@
 
     ladder    serial (float32, one device, each operation by itself), then jit, tensor cores, bfloat16, all devices
     batch     the step at other batch sizes, on one device, to the largest that fits
-    strong    the same batch on more devices      T_1 / T_n is the speed-up, a share n of which is the efficiency
+    strong    the same batch on more devices      T_1 / T_n is the speed-up, and that over n the efficiency
     weak      a batch that grows with the devices T_1 / T_n is the efficiency
 
 Virtual CPU devices share the same cores: their scaling shows the cost of splitting, not a gain.

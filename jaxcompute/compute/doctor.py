@@ -1,4 +1,4 @@
-"""Is this machine fit to train? A page of checks, each with the line that mends it, and ten seconds of measurement.
+"""Is this machine fit to train? A page of checks, each with the line that mends it, and some seconds of measurement.
 
 `gather` looks and judges nothing; a check is a pure function from what it saw to a verdict. So a fault is planted in a
 test by giving other facts, and doctor works where jax itself can't be imported.

@@ -2,7 +2,8 @@
 
 A stock set takes three forms, each made once from the one before: the published files (placed by hand or downloaded),
 the TFDS set as ArrayRecord (which anyone's `tfds.data_source` reads), and an .npz of plain arrays, which a start loads
-in a fraction of a second. No pickle, no TensorFlow, no jax; TFDS is imported only where a set is prepared.
+in a fraction of a second. No pickle, no TensorFlow, no jax; TFDS is imported only where a set is prepared, or streamed
+from its prepared form, as ImageNet is.
 
 Damage is told in one line before the first step, and nothing damaged is skipped, mended by guess or trained on. What
 can be made again is: an .npz from the prepared set. All else is refused by its path: a published file by the digests

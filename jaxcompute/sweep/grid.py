@@ -2,8 +2,8 @@
 
     --sweep=learning_rate=0.1,0.03 --sweep=seed=0,1,2
 
-runs six points. The items of a tuple take '/' between them: `--sweep=widths=64/64,128` is (64, 64) and (128,). The same
-command goes on where a sweep was killed: a point whose status.json says done is skipped.
+runs six points. The items of a tuple take '/' between them: `--sweep=features=64/64,128` is (64, 64) and (128,). The
+same command goes on where a sweep was killed: a point whose status.json says done is skipped.
 """
 
 import contextlib
