@@ -8,6 +8,10 @@ class NVMLError(Exception):
     pass
 
 
+def fail(why: str) -> Any:
+    raise NVMLError(why)
+
+
 H100 = {
     "Name": "NVIDIA H100 80GB HBM3",
     "MemoryInfo": types.SimpleNamespace(total=80 * 10**9, free=79 * 10**9),
@@ -31,12 +35,12 @@ def nvml(*gpus: dict[str, Any], driver: str = "580.65.06", cuda: int = 13000, er
 
     def start() -> None:
         if error:
-            raise NVMLError(error)
+            fail(error)
 
     def ask(name: str) -> Any:
         def answer(handle: int, *_: Any) -> Any:
             if name not in gpus[handle]:
-                raise NVMLError("Not Supported")
+                fail("Not Supported")
             value = gpus[handle][name]
             return value() if callable(value) else value
 
@@ -52,6 +56,6 @@ def nvml(*gpus: dict[str, Any], driver: str = "580.65.06", cuda: int = 13000, er
         nvmlSystemGetCudaDriverVersion_v2=lambda: cuda,
         nvmlDeviceGetCount=lambda: len(gpus),
         nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetHandleByUUID=lambda uuid: int(uuid.removeprefix("GPU-")),
+        nvmlDeviceGetUUID=lambda handle: f"GPU-{handle}932f937-0000",
         **{f"nvmlDeviceGet{name}": ask(name) for name in H100},
     )

@@ -32,18 +32,45 @@ def test_joules_are_those_of_the_devices_that_compute(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,1")
     with energy.meter([gpu(0)], fake_nvml.nvml(*fixed)) as joules:
         assert joules() == 300
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1932f9")  # as much of it as no other has
     with energy.meter([gpu(0)], fake_nvml.nvml(*fixed)) as joules:
         assert joules() == 20
 
 
-@pytest.mark.parametrize("why", ["no driver", "a chip that doesn't count", "on the CPU", "a share of a GPU"])
+def test_gpus_that_are_not_alike_are_counted_where_their_order_is_sure(monkeypatch):
+    """CUDA numbers the fastest first, NVML by the bus."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    mixed = [fake_nvml.H100 | {"Name": "Tesla T4", "TotalEnergyConsumption": 1000}, fake_nvml.H100]
+
+    def read():
+        with energy.meter([gpu(0)], fake_nvml.nvml(*mixed)) as joules:
+            return joules()
+
+    assert read() is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert read() is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-0")
+    assert read() == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-")  # which may be either
+    assert read() is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    assert read() == 1
+
+
+@pytest.mark.parametrize(
+    "why", ["no driver", "no permission", "a chip that doesn't count", "on the CPU", "a share of a GPU"]
+)
 def test_where_no_one_counts_there_is_none(why, monkeypatch):
     if why == "a share of a GPU":
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
+    closed = fake_nvml.nvml(fake_nvml.H100)
+    closed.nvmlDeviceGetHandleByIndex = lambda index: fake_nvml.fail("Insufficient Permissions")
     silent = {name: value for name, value in fake_nvml.H100.items() if name != "TotalEnergyConsumption"}
     nvml = {
         "no driver": fake_nvml.nvml(error="Driver Not Loaded"),
+        "no permission": closed,
         "a chip that doesn't count": fake_nvml.nvml(fake_nvml.H100, silent),
     }.get(why, fake_nvml.nvml(fake_nvml.H100, fake_nvml.H100))
     cpu = types.SimpleNamespace(platform="cpu", local_hardware_id=0)

@@ -18,7 +18,7 @@ def meter(devices: Sequence[Any], pynvml: Any = None) -> Iterator[Callable[[], f
         if all(device.platform == "gpu" for device in devices):
             with contextlib.suppress(nvml.Missing, IndexError):  # IndexError: a shared GPU, which has no counter
                 pynvml = stack.enter_context(nvml.session(pynvml))
-                visible = nvml.visible(pynvml)
+                visible = nvml.told(pynvml, lambda: nvml.visible(pynvml)) or []
                 handles = [visible[device.local_hardware_id] for device in devices]
 
         def joules() -> float | None:

@@ -52,7 +52,7 @@ def session(pynvml: Any = None) -> Iterator[Any]:
     """The module, its library loaded.
 
     Raises:
-        Missing: no pynvml, no driver, or a driver that doesn't answer.
+        Missing: no pynvml, no driver, or a driver that doesn't answer, be it later and to what it is asked here.
     """
     try:
         pynvml = pynvml or importlib.import_module("pynvml")
@@ -64,8 +64,10 @@ def session(pynvml: Any = None) -> Iterator[Any]:
         raise Missing(str(error)) from None
     try:
         yield pynvml
+    except pynvml.NVMLError as error:
+        raise Missing(str(error)) from None
     finally:
-        pynvml.nvmlShutdown()
+        told(pynvml, pynvml.nvmlShutdown)
 
 
 def driver(pynvml: Any = None) -> Driver:
@@ -125,17 +127,24 @@ def told(pynvml: Any, ask: Callable[[], T]) -> T | None:
 
 
 def visible(pynvml: Any) -> list[Any]:
-    """Handles of the GPUs that CUDA shows this process, by CUDA_VISIBLE_DEVICES; one of a shared GPU (MIG) has none."""
-    count = pynvml.nvmlDeviceGetCount()
+    """Handles of the GPUs that CUDA shows this process, by CUDA_VISIBLE_DEVICES; one of a shared GPU (MIG) has none.
+
+    Nor has one that CUDA knows by a number, where the GPUs are not all alike: CUDA numbers the fastest first, unless
+    CUDA_DEVICE_ORDER=PCI_BUS_ID, and NVML goes by the bus.
+    """
+    gpus = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    alike = len({pynvml.nvmlDeviceGetName(gpu) for gpu in gpus}) == 1
+    numbered = gpus if alike or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" else []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
-        return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(count)]
+        return numbered
     handles = []
     for name in filter(None, (part.strip() for part in named.split(","))):
-        if name.isdecimal() and int(name) < count:
-            handles.append(pynvml.nvmlDeviceGetHandleByIndex(int(name)))
-        elif name.startswith("GPU-"):
-            handles.append(pynvml.nvmlDeviceGetHandleByUUID(name))
-        else:
+        if name.isdecimal():
+            found = numbered[int(name) :][:1]
+        else:  # GPU- and as much of the rest as no other has
+            found = [gpu for gpu in gpus if pynvml.nvmlDeviceGetUUID(gpu).startswith(name)]
+        if len(found) != 1:
             break  # as CUDA does: what follows a name it doesn't know is not seen
+        handles += found
     return handles
