@@ -91,6 +91,13 @@ def test_a_model_that_cant_be_folded_is_measured_as_it_is():
     assert FOLDED not in {point.way for point in found.points}
 
 
+def test_a_fold_that_gives_nan_is_not_taken(monkeypatch):
+    monkeypatch.setattr(inference, "compare", lambda *args: (float("nan"), 0.0))
+    said = []
+    found = inference.run(tiny.mlp(CNN((4,), (8,), 3, norm=True)), said.append, seconds=0.01, batches=(1,))
+    assert "is not folded" in said[0] and found.folds == 0
+
+
 def test_a_model_without_batch_norm_has_nothing_to_fold():
     found = inference.run(tiny.mlp(MLP((8,), 3)), lambda text: None, seconds=0.01, batches=(1,))
     assert found.error is None and "nothing to fold" in inference.text(found)

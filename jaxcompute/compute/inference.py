@@ -152,7 +152,7 @@ def run(
     error = agreed = None
     if folding.shifts:
         error, agreed = compare(exp, params, mutable, folding, images)
-        if error > TOLERANCE[exp.config.precision]:
+        if not error <= TOLERANCE[exp.config.precision]:  # nor is NaN
             say(f"batch norm is not folded: that would change the outputs by {error:.2g} of the largest")
             folding = folding._replace(shifts={})
     points = []
