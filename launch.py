@@ -256,9 +256,7 @@ def replay(exp, workdir: Path) -> None:
 
 
 def benchmark(exp, workdir: Path) -> None:
-    import jax
-
-    from jaxcompute.compute import benchmark, energy, inference
+    from jaxcompute.compute import benchmark, inference
 
     make(workdir)
     if FLAGS.inference:
@@ -266,8 +264,7 @@ def benchmark(exp, workdir: Path) -> None:
         print(inference.text(answers))
         leave(exp, workdir, "inference", inference.to_json(answers), lambda: inference.picture(answers))
         return
-    with energy.meter(jax.local_devices()) as joules:
-        found = benchmark.run(exp, joules, say)
+    found = benchmark.run(exp, say)
     print(benchmark.text(found))
     leave(exp, workdir, "benchmark", benchmark.to_json(found), lambda: benchmark.picture(found))
 

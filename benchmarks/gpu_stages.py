@@ -381,10 +381,8 @@ def trainings(out: Path, tiny: bool) -> Facts:
 
 def sweep(out: Path, tiny: bool, seconds: float = 150) -> Facts:
     """Steps in one call, and precisions, of cifar_resnet and an MLP; no point begins after so many seconds."""
-    import jax
-
     from benchmarks import side_by_side
-    from jaxcompute.compute import benchmark, energy
+    from jaxcompute.compute import benchmark
 
     end = time.perf_counter() + seconds
     if tiny:
@@ -395,19 +393,18 @@ def sweep(out: Path, tiny: bool, seconds: float = 150) -> Facts:
         points += [(name, kind, 8) for kind in kinds[1:] for name in ("depth 20", "depth 18", "mlp")]
         points += [(name, "bfloat16", count) for name in ("mlp", "depth 20", "depth 18") for count in counts[2:]]
     roofs, found, rows = benchmark.roofs(0.1 if tiny else 2.0), [], []
-    with energy.meter(jax.local_devices()) as joules:
-        for name, kind, count in points:
-            what = f"{name}, {kind}, {count} steps a call"
-            if time.perf_counter() > end:
-                rows.append(Row(what, "not begun: its time was up"))
-                continue
-            exp = side_by_side.experiment(name, "float32") if "depth" not in name else cifar_resnet(name[-2:])
-            setting = benchmark.Setting(kind, exp.config.batch_size, 1, count)  # pyright: ignore[reportArgumentType]
-            point = benchmark.measure(exp, setting, roofs, joules, 0.1 if tiny else 1.0)
-            found.append({"net": name, **point._asdict(), "setting": setting._asdict()})
-            rows.append(Row(what, point.examples_per_sec, "examples/s"))
-            keep(out, rows)
-            print(rows[-1], flush=True)
+    for name, kind, count in points:
+        what = f"{name}, {kind}, {count} steps a call"
+        if time.perf_counter() > end:
+            rows.append(Row(what, "not begun: its time was up"))
+            continue
+        exp = side_by_side.experiment(name, "float32") if "depth" not in name else cifar_resnet(name[-2:])
+        setting = benchmark.Setting(kind, exp.config.batch_size, 1, count)  # pyright: ignore[reportArgumentType]
+        point = benchmark.measure(exp, setting, roofs, 0.1 if tiny else 1.0)
+        found.append({"net": name, **point._asdict(), "setting": setting._asdict()})
+        rows.append(Row(what, point.examples_per_sec, "examples/s"))
+        keep(out, rows)
+        print(rows[-1], flush=True)
     return {"rows": rows, "points": found, "roofs": roofs._asdict()}
 
 
@@ -418,10 +415,8 @@ def cifar_resnet(depth: str) -> Any:
 
 def roofs(out: Path, tiny: bool) -> Facts:
     """ResNet-50 and ResNet-18 below the roofline of ceilings measured here; their memory and joules."""
-    import jax
-
     from benchmarks import side_by_side
-    from jaxcompute.compute import benchmark, energy, profile, roofline
+    from jaxcompute.compute import benchmark, profile, roofline
 
     rows, left = [], {}
     precision, seconds = ("float32", 0.1) if tiny else ("bfloat16", 1.0)
@@ -430,9 +425,8 @@ def roofs(out: Path, tiny: bool) -> Facts:
         traced = profile.run(exp, out / "roofs" / name, seconds)
         roof = roofline.run(traced, seconds=seconds)
         print(f"{name}\n{profile.text(traced)}\n\n{roofline.text(roof)}", flush=True)
-        with energy.meter(jax.local_devices()) as joules:
-            setting = benchmark.Setting(precision, exp.config.batch_size)
-            point = benchmark.measure(exp, setting, benchmark.roofs(seconds), joules, seconds)
+        setting = benchmark.Setting(precision, exp.config.batch_size)
+        point = benchmark.measure(exp, setting, benchmark.roofs(seconds), seconds)
         moved = 1e3 * roof.step.bytes / roof.step.ms
         share = f"{name}: bytes a second, of the bandwidth measured here", moved / roof.bandwidth
         rows += [
@@ -479,7 +473,7 @@ def timed(names: list[str], tiny: bool, bound: bool) -> Facts:
     for name in names:
         exp = side_by_side.experiment(name, precision)
         setting = benchmark.Setting(precision, exp.config.batch_size, 1, count)
-        point = benchmark.measure(exp, setting, benchmark.roofs(seconds), lambda: None, seconds)
+        point = benchmark.measure(exp, setting, benchmark.roofs(seconds), seconds)
         program, digests = programmed(benchmark.placed(exp, setting)), []
         for _ in range(2):
             state = program.init()

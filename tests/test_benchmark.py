@@ -1,13 +1,18 @@
 """The benchmark's arithmetic on made-up points, and one real run on two devices."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 
+import jax
 import pytest
 import tiny
 
+from jaxcompute import sharding, train
 from jaxcompute.compute import benchmark, profile
 from jaxcompute.compute.benchmark import Point, Setting
+from jaxcompute.errors import BadInput
 from jaxcompute.models.mlp import MLP
 
 ROOFS = benchmark.Roofs({"float32": 1e11, "bfloat16": 2e11}, 1e10, "made up")
@@ -88,7 +93,7 @@ class Streamed:
 
 def test_streamed_batches_are_measured_too(tmp_path):
     exp = dataclasses.replace(tiny.mlp(MLP((16,), 3), mesh_data=1), train=Streamed(8))
-    found = benchmark.measure(exp, Setting("float32", 16), ROOFS, lambda: None, seconds=0.05)
+    found = benchmark.measure(exp, Setting("float32", 16), ROOFS, seconds=0.05)
     assert found.bandwidth > 0 and 0 < found.data <= 1
     traced = profile.run(exp, tmp_path, seconds=0.05)
     assert any(op.place == "Dense_0" for op in traced.ops)
@@ -98,15 +103,59 @@ def test_one_device_of_a_mesh_and_any_micro_batches(monkeypatch):
     monkeypatch.setattr(benchmark, "roofs", lambda: ROOFS)
     monkeypatch.setattr(benchmark.jax, "devices", lambda all=benchmark.jax.devices: all()[:2])
     exp = tiny.mlp(MLP((16,), 3), batch_size=32, accumulate=4, mesh_model=2)
-    found = benchmark.run(exp, lambda: None, lambda text: None, seconds=0.01)
+    found = benchmark.run(exp, lambda text: None, seconds=0.01)
     assert [p.setting.batch_size for p in found.batches] == [8, 32, 60]  # of 61 examples
+
+
+def measured_but(*unfit: Setting):
+    """What stands in for `measure`: there is no memory for some settings."""
+
+    def measure(exp, setting, roofs, seconds):
+        if setting in unfit:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 TiB")
+        return point(10.0, *setting[1:3], setting.jit)._replace(setting=setting)
+
+    return measure
+
+
+def test_a_setting_that_does_not_fit_is_left_out_and_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "roofs", lambda: ROOFS)
+    monkeypatch.setattr(benchmark.jax, "devices", lambda all=benchmark.jax.devices: all()[:2])
+    exp, said = tiny.mlp(batch_size=16), []
+    unfit = [Setting("float32", 16, jit=False), Setting("float32", 61), Setting("float32", 32, 2)]
+    monkeypatch.setattr(benchmark, "measure", measured_but(*unfit))
+    found = benchmark.run(exp, said.append)
+    assert {line.split(":")[0] for line in said if "does not fit" in line} == set(map(benchmark.describe, unfit))
+    assert [p.setting.batch_size for p in found.batches] == [4, 16]
+    assert found.ladder[0].setting == Setting("float32", 16) and len(found.strong) == 2 and len(found.weak) == 1
+    assert "over serial" not in benchmark.text(found)
+    benchmark.picture(found).savefig(tmp_path / "all.png")
+    monkeypatch.setattr(benchmark, "measure", measured_but(Setting("float32", 16)))
+    with pytest.raises(BadInput, match="batch_size=16 does not fit one device"):
+        benchmark.run(exp, said.append)
+
+
+def test_a_large_batch_may_be_measured_for_an_experiment_of_many_steps():
+    exp = benchmark.placed(tiny.mlp(steps=2**20), Setting("float32", 2**15))
+    assert train.resolve(exp, sharding.make_mesh(exp.config)).train.batch_size == 2**15
+    assert benchmark.placed(tiny.mlp(), Setting("float32", 16)).steps == 12  # for that many, batches are made ahead
 
 
 def test_a_real_step_is_measured_over_the_grid(monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "roofs", lambda: ROOFS)
     monkeypatch.setattr(benchmark.jax, "devices", lambda all=benchmark.jax.devices: all()[:2])
-    exp, joules = tiny.mlp(MLP((16,), 3), batch_size=16), iter(range(10**6))
-    found = benchmark.run(exp, lambda: float(next(joules)), lambda text: None, seconds=0.05)
+    metered, joules = [], itertools.count()
+
+    @contextlib.contextmanager
+    def meter(devices):
+        metered.append(len(devices))
+        yield lambda: float(next(joules))
+
+    monkeypatch.setattr(benchmark.energy, "meter", meter)
+    exp = tiny.mlp(MLP((16,), 3), batch_size=16)
+    found = benchmark.run(exp, lambda text: None, seconds=0.05)
+    measured = dict.fromkeys(p.setting for p in (*found.batches, *found.ladder[1:], *found.strong, *found.weak))
+    assert metered == [setting.devices for setting in measured]
     names = [p.setting for p in found.ladder]
     assert names[:2] == [Setting("float32", 16, jit=False), Setting("float32", 16)] and names[-1].devices == 2
     assert [p.setting.batch_size for p in found.batches] == [4, 16, 61]  # of 61 examples no more than all

@@ -14,7 +14,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompute import log, sharding, step, train
-from jaxcompute.compute import ceilings, hlo, memory, peaks, profile
+from jaxcompute.compute import ceilings, energy, hlo, memory, peaks, profile
 from jaxcompute.core import Experiment
+from jaxcompute.errors import BadInput
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,7 +105,8 @@ def placed(exp: Experiment, setting: Setting) -> Experiment:
         mesh_model=1,
         steps_per_call=setting.steps_per_call,
     )
-    exp = dataclasses.replace(exp, config=config)
+    steps = min(exp.steps, 2**32 // setting.batch_size)  # as many as `train.resolve` lets a run have
+    exp = dataclasses.replace(exp, config=config, steps=steps)
     return memory.with_batch(exp, setting.batch_size, exp.config.accumulate)
 
 
@@ -117,14 +119,8 @@ def arithmetic(precision: Precision) -> contextlib.AbstractContextManager[None]:
     return jax.default_matmul_precision(exact) if exact else contextlib.nullcontext()
 
 
-def measure(
-    exp: Experiment, setting: Setting, roofs: Roofs, joules: Callable[[], float | None], seconds: float = 1.0
-) -> Point:
-    """Run the step under a setting for about so many seconds after a warm-up.
-
-    Args:
-        joules: a meter of the devices' energy.
-    """
+def measure(exp: Experiment, setting: Setting, roofs: Roofs, seconds: float = 1.0) -> Point:
+    """Run the step under a setting for about so many seconds after a warm-up."""
     with arithmetic(setting.precision), contextlib.ExitStack() as held:
         exp = placed(exp, setting)
         mesh = sharding.make_mesh(exp.config)
@@ -132,6 +128,7 @@ def measure(
         exp = program.exp
         if not setting.jit:
             return _serial(program, setting, roofs, seconds)
+        joules = held.enter_context(energy.meter(mesh.local_devices))
         before = _peak(mesh)
         count = setting.steps_per_call
         call = program.steps(count)
@@ -271,10 +268,14 @@ def below(point: Point, before: Roofs, roofs: Roofs) -> Point:
     )
 
 
-def run(
-    exp: Experiment, joules: Callable[[], float | None], say: Callable[[str], None], seconds: float = 1.0
-) -> Benchmark:
-    """Measure it all. Batches double to the largest that fits on a GPU; on the CPU they are a quarter to four times."""
+def run(exp: Experiment, say: Callable[[str], None], seconds: float = 1.0) -> Benchmark:
+    """Measure it all. Batches double to the largest that fits on a GPU; on the CPU they are a quarter to four times.
+
+    A setting that does not fit the memory is left out, and told.
+
+    Raises:
+        BadInput: the experiment's batch does not fit one device in the fastest precision, which all else stands beside.
+    """
     devices = jax.devices()
     device, total, batch = devices[0], len(devices), exp.config.batch_size
     top = roofs()
@@ -282,13 +283,23 @@ def run(
     if train.broken_bfloat16(device.platform):
         kinds.remove("bfloat16")
     fastest: Precision = kinds[-1] if device.platform == "gpu" else "float32"
-    done: dict[Setting, Point] = {}
+    done: dict[Setting, Point | None] = {}
 
-    def point(setting: Setting) -> Point:
+    def point(setting: Setting) -> Point | None:
         if setting not in done:
-            found = done[setting] = measure(exp, setting, top, joules, seconds)
-            say(f"{describe(setting)}: {found.examples_per_sec:,.0f} examples/s")
+            try:
+                found = measure(exp, setting, top, seconds)
+            except jax.errors.JaxRuntimeError as error:
+                if not train.is_out_of_memory(error):
+                    raise
+                found = None
+            done[setting] = found
+            gave = f"{found.examples_per_sec:,.0f} examples/s" if found else "does not fit the memory, and is left out"
+            say(f"{describe(setting)}: {gave}")
         return done[setting]
+
+    def points(settings: Iterable[Setting]) -> list[Point]:
+        return [found for setting in settings if (found := point(setting))]
 
     even = total * exp.config.accumulate  # what a batch must be a multiple of on all devices
     ladder = [Setting("float32", batch, jit=False), *(Setting(kind, batch) for kind in kinds)]
@@ -302,20 +313,20 @@ def run(
     unit = exp.config.accumulate
     most = exp.train.size // unit * unit
     for size in dict.fromkeys(max(unit, min(size // unit * unit, most)) for size in sizes):
-        try:
-            batches.append(point(Setting(fastest, size)))
-        except jax.errors.JaxRuntimeError as error:
-            if not train.is_out_of_memory(error):
-                raise
+        found = point(Setting(fastest, size))
+        if not found:
             break
-        if free and (batches[-1].predicted or 0) * 2 > free:
+        batches.append(found)
+        if free and (found.predicted or 0) * 2 > free:
             break
-    ladder = [point(setting) for setting in ladder]
+    if not point(Setting(fastest, batch)):
+        raise BadInput(f"--config.batch_size={batch} does not fit one device: take a smaller one")
+    ladder = points(ladder)
     strong, weak = [], []
     if total > 1:
         several = [n for n in counts(total) if batch % (n * exp.config.accumulate) == 0]
-        strong = [point(Setting(fastest, batch, n)) for n in several]
-        weak = [point(Setting(fastest, batch * n, n)) for n in counts(total)]
+        strong = points(Setting(fastest, batch, n) for n in several)
+        weak = points(Setting(fastest, batch * n, n) for n in counts(total))
     found = Benchmark(
         experiment=train.name_of(exp),
         device=device.device_kind,
@@ -358,7 +369,7 @@ def describe(setting: Setting) -> str:
 
 def text(found: Benchmark) -> str:
     """Three tables, and what they say in words."""
-    serial = found.ladder[0]
+    serial = next((point for point in found.ladder if not point.setting.jit), None)  # None: it did not fit
     headers = ["setting", "examples/s", "ms", "±", "over serial", "of peak", "of bandwidth"]
     headers += ["predicted", "measured", "data", "collectives", "J/example"]
     rows = [
@@ -367,7 +378,7 @@ def text(found: Benchmark) -> str:
             f"{point.examples_per_sec:,.0f}",
             f"{point.ms:.3g}",
             f"{point.spread:.0%}",
-            _times_as_fast(point.examples_per_sec / serial.examples_per_sec),
+            _times_as_fast(point.examples_per_sec / serial.examples_per_sec) if serial else "",
             _share(point.mfu),
             _share(point.bandwidth),
             _bytes(point.predicted),
@@ -470,8 +481,10 @@ BLUE, GREY, ORANGE = "#2f6db3", "#9aa3ad", "#d9822b"
 
 
 def _draw_gains(axes: Any, found: Benchmark) -> None:
-    points, serial = found.ladder, found.ladder[0].examples_per_sec
-    names = ["serial\n(no jit, 1 device)"]
+    points, slowest = found.ladder, found.ladder[0].examples_per_sec
+    first = points[0].setting
+    name = first.precision if first.jit else "serial"  # which may not have fit
+    names = [name if first.jit else "serial\n(no jit, 1 device)"]
     for before, point in itertools.pairwise(points):
         a, b = before.setting, point.setting
         change = [
@@ -484,15 +497,15 @@ def _draw_gains(axes: Any, found: Benchmark) -> None:
     places = range(len(points))
     best = max(range(len(points)), key=lambda i: points[i].examples_per_sec)
     colors = [GREY if i == 0 else ORANGE if i == best else BLUE for i in places]
-    axes.barh(places, [p.examples_per_sec / serial for p in points], color=colors)
+    axes.barh(places, [p.examples_per_sec / slowest for p in points], color=colors)
     for place, point in zip(places, points, strict=True):
-        gain = point.examples_per_sec / serial
+        gain = point.examples_per_sec / slowest
         axes.text(gain, place, f" {_times_as_fast(gain)}  {point.examples_per_sec:,.0f}/s", va="center", fontsize=9)
     axes.set_yticks(places, names)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.45 * max(p.examples_per_sec / serial for p in points))
+    axes.set_xlim(0, 1.45 * max(p.examples_per_sec / slowest for p in points))
     axes.set_title(f"What each gave, batch {points[0].setting.batch_size:,}", fontsize=11)
-    axes.set_xlabel("times as fast as serial")
+    axes.set_xlabel(f"times as fast as {name}")
 
 
 def _draw_batches(axes: Any, points: Sequence[Point]) -> None:
