@@ -148,7 +148,7 @@ def doctor() -> NoReturn:
     from jaxcompute.data import sources
 
     logging.set_verbosity(logging.WARNING)
-    sys.exit(doctor.run(Path(cache.folder()), Path(FLAGS.workdir or "runs"), sources.data_dir(), FLAGS.json))
+    sys.exit(doctor.run(cache.folder(), Path(FLAGS.workdir or "runs"), sources.data_dir(), FLAGS.json))
 
 
 def config_of(workdir: Path, cls: type):

@@ -96,7 +96,8 @@ class Facts:
     numa_own: tuple[int, ...]  # nodes of the processors this process may use
     shared_memory: int | None  # bytes free
     # measured
-    ceilings: Any = None  # ceilings.Ceilings, where jax started
+    ceilings: Any = None  # ceilings.Ceilings, where jax started and had room
+    unmeasured: str | None = None  # why it had none
     loaded: nvml.Driver | None = None  # just after the load
 
 
@@ -359,13 +360,15 @@ def check_host(facts: Facts) -> Check:
     return Check("host", "pass", seen)
 
 
-def _unmeasured(name: str) -> Check:
-    return Check(name, "fail", "not measured: jax did not start", "mend the rows above")
+def check_measured(facts: Facts) -> Check:
+    """In place of those below, where nothing was measured."""
+    if facts.jax_error:
+        return Check("measurement", "fail", "nothing was measured: jax did not start", "mend the rows above")
+    mend = "end what else uses the device (nvidia-smi lists it), or take another by CUDA_VISIBLE_DEVICES"
+    return Check("measurement", "fail", f"nothing was measured: {facts.unmeasured}", mend)
 
 
 def check_matmul(facts: Facts) -> Check:
-    if not facts.ceilings:
-        return _unmeasured("matmul")
     chip = peaks.chip(facts.devices[0])
     parts, low = [], False
     for name in ("float32", "tensorfloat32", "bfloat16"):
@@ -379,8 +382,6 @@ def check_matmul(facts: Facts) -> Check:
 
 
 def check_convolution(facts: Facts) -> Check:
-    if not facts.ceilings:
-        return _unmeasured("convolution")
     kind = "bfloat16" if facts.platform == "gpu" else "float32"
     return _measured(
         "convolution", f"3x3, 64 channels, {kind}: {_rate(facts.ceilings.convolution, 'FLOP/s', None)}", False
@@ -388,16 +389,12 @@ def check_convolution(facts: Facts) -> Check:
 
 
 def check_bandwidth(facts: Facts) -> Check:
-    if not facts.ceilings:
-        return _unmeasured("memory")
     chip = peaks.chip(facts.devices[0])
     rate, peak = facts.ceilings.bandwidth, chip and chip.bandwidth
     return _measured("memory", f"{_rate(rate, 'B/s', peak)} read and written", peak is not None and rate < 0.5 * peak)
 
 
 def check_transfer(facts: Facts) -> Check:
-    if not facts.ceilings:
-        return _unmeasured("host to device")
     rate = facts.ceilings.host_to_device
     if facts.platform == "gpu" and rate < 2e9:
         mend = "see nvidia-smi -q -d PCIE for the link's width; on many sockets numactl --cpunodebind"
@@ -406,7 +403,7 @@ def check_transfer(facts: Facts) -> Check:
 
 
 def check_all_reduce(facts: Facts) -> Check:
-    if not facts.ceilings or facts.ceilings.all_reduce is None:
+    if facts.ceilings.all_reduce is None:
         return Check("all-reduce", "pass", "one device: nothing to reduce")
     seen = f"{_rate(facts.ceilings.all_reduce, 'B/s', None)} a device, over {len(facts.devices)} devices"
     if facts.platform == "gpu" and facts.ceilings.all_reduce < 2e9:
@@ -451,16 +448,17 @@ MEASURED: tuple[Callable[[Facts], Check], ...] = (
     check_all_reduce,
     check_clocks,
 )
+UNMEASURED: tuple[Callable[[Facts], Check], ...] = (check_measured, check_clocks)
 
 
 # -- gathering ---------------------------------------------------------------------------------------------------------
 
 
-def gather(cache: Path, workdir: Path, data_dir: Path) -> Facts:
+def gather(cache: str, workdir: Path, data_dir: Path) -> Facts:
     """Look at the machine. Changes nothing but a file in the compile cache; what it writes to measure it takes away.
 
     Args:
-        cache: of compiled programs.
+        cache: of compiled programs; a folder, or a URL, which is only shown.
         workdir: where runs will be left; need not be there.
         data_dir: where data sets are; need not be there.
     """
@@ -478,7 +476,7 @@ def gather(cache: Path, workdir: Path, data_dir: Path) -> Facts:
         driver = nvml.driver()  # before jax takes the memory
     except nvml.Missing as error:
         nvml_error = str(error)
-    cache_error = _write_error(cache)
+    cache_error = None if "://" in cache else _write_error(Path(cache))
     return Facts(
         python=platform.python_version(),
         packages=packages,
@@ -488,7 +486,7 @@ def gather(cache: Path, workdir: Path, data_dir: Path) -> Facts:
         nvml_error=nvml_error,
         driver=driver,
         tensorflow=_tensorflow(packages),
-        cache=str(cache),
+        cache=cache,
         cache_error=cache_error,
         data_dir=str(data_dir),
         data_sets=_data_sets(data_dir),
@@ -628,7 +626,7 @@ def _cpu_list(text: str) -> set[int]:
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
-def run(cache: Path, workdir: Path, data_dir: Path, as_json: bool = False, seconds: float = 8.0) -> int:
+def run(cache: str, workdir: Path, data_dir: Path, as_json: bool = False, seconds: float = 8.0) -> int:
     """Print the page, or a JSON object. The exit code: 0 for pass and warn, 1 for fail.
 
     Args:
@@ -648,7 +646,7 @@ def run(cache: Path, workdir: Path, data_dir: Path, as_json: bool = False, secon
     if terminal:
         print(f"measuring for {seconds:.0f} s ...", end="\r", flush=True)
     facts = measured(facts, seconds)
-    show(facts, MEASURED)
+    show(facts, MEASURED if facts.ceilings else UNMEASURED)
     worst = verdict(checks)
     if as_json:
         measures = facts.ceilings._asdict() if facts.ceilings else None
@@ -664,16 +662,21 @@ def run(cache: Path, workdir: Path, data_dir: Path, as_json: bool = False, secon
 
 
 def measured(facts: Facts, seconds: float) -> Facts:
-    """The facts with the ceilings of the first device, and the GPUs' state just after."""
+    """The facts with the ceilings of the first device, or why there are none, and the GPUs' state just after."""
     if facts.jax_error:
         return facts
+    import jax
+
     from jaxcompute.compute import ceilings
 
-    found = ceilings.measure(seconds)
+    try:
+        facts = dataclasses.replace(facts, ceilings=ceilings.measure(seconds))
+    except jax.errors.JaxRuntimeError as error:  # another process holds the GPU, say
+        facts = dataclasses.replace(facts, unmeasured=line_of(error))
     loaded = None
     with contextlib.suppress(nvml.Missing):
         loaded = nvml.driver()
-    return dataclasses.replace(facts, ceilings=found, loaded=loaded)
+    return dataclasses.replace(facts, loaded=loaded)
 
 
 def verdict(checks: list[Check]) -> Verdict:
