@@ -358,6 +358,7 @@ def in_steps(x):
 )
 def test_conv_pool_is_linens_layers(window, padding, activation, dtype, monkeypatch):
     monkeypatch.setattr(conv_pool, "one_device", lambda: True)
+    monkeypatch.setattr(conv_pool, "ELEMENTWISE", (*conv_pool.ELEMENTWISE, in_steps))
     with jax.enable_x64(dtype == jnp.float64):
         x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 11 + window[0], 7 + window[1], 3)), dtype)
         layer = conv_pool.ConvPool(4, window, padding, activation)
@@ -381,6 +382,7 @@ def test_conv_pool_is_linens_layers(window, padding, activation, dtype, monkeypa
 
 def test_conv_pool_hides_no_nan(monkeypatch):
     monkeypatch.setattr(conv_pool, "one_device", lambda: True)
+    monkeypatch.setattr(conv_pool, "ELEMENTWISE", (jnp.sqrt,))
     x = jnp.ones((16, 4, 4, 1)).at[:, 3, 0].set(-1)
     layer = conv_pool.ConvPool(1, (1, 1), 0, jnp.sqrt)
     y, _ = jax.vjp(layer.apply, {"params": {"kernel": jnp.ones((1, 1, 1, 1)), "bias": jnp.zeros(1)}}, x)
@@ -393,6 +395,33 @@ def test_a_conv_pool_of_few_examples_or_an_odd_size_is_plain(shape, monkeypatch)
     layer, x = conv_pool.ConvPool(2, (3, 3), 1, nn.tanh), jnp.ones(shape)
     monkeypatch.setattr(conv_pool, "_conv_pool", None)
     assert layer.apply(layer.init(jax.random.key(0), x), x).shape == (shape[0], 4, 4, 2)
+
+
+def test_a_conv_pool_takes_any_activation_and_by_the_known_ones_its_own_way(monkeypatch):
+    monkeypatch.setattr(conv_pool, "one_device", lambda: True)
+    x = jax.random.normal(jax.random.key(1), (16, 6, 6, 2))
+    for activation in (nn.softmax, nn.standardize):  # over the features of a pixel
+        layer = conv_pool.ConvPool(4, (3, 3), 1, activation)
+        variables = jax.jit(layer.init)(jax.random.key(0), x)
+        differentiated = jax.jit(lambda *args, apply=layer.apply: jax.vjp(apply, *args)[0])
+        np.testing.assert_allclose(differentiated(variables, x), jax.jit(layer.apply)(variables, x), 1e-6, 1e-6)
+    value = jnp.linspace(-7, 7, 24)
+    for activation in conv_pool.ELEMENTWISE:
+        one_by_one = jax.vmap(activation)(value)
+        np.testing.assert_allclose(activation(value.reshape(2, 3, 4)), one_by_one.reshape(2, 3, 4), 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "image"), [(lenet.LeNet5(classes=3), (28, 28, 1)), (resnet.ResNet((1,), width=16, classes=3), (9, 9, 3))]
+)
+def test_a_model_is_exported_for_any_batch(model, image, monkeypatch):
+    for file in (conv, conv_pool):
+        monkeypatch.setattr(file, "one_device", lambda: True)
+    x = jax.random.normal(jax.random.key(1), (20, *image))
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    open_batch = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("batch"), *image), x.dtype)
+    exported = jax.export.export(jax.jit(model.apply))(variables, open_batch)
+    np.testing.assert_allclose(exported.call(variables, x), jax.jit(model.apply)(variables, x), 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("channels", [(3, 8), (16, 32), (8, 300)])
@@ -496,6 +525,28 @@ def test_batch_norm_covers_the_global_batch_on_four_devices():
     four = normed(norm.BatchNorm, jnp.float32, train=True, x=split[0], cotangent=split[1])
     for a, b in zip(jax.tree.leaves(four), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_norm_inside_shard_map_is_of_each_devices_part():
+    rng = np.random.default_rng(0)
+    x, cotangent = jnp.asarray(rng.normal(size=(2, 8, 2, 3)), jnp.float32)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+
+    def gradients(scale, bias, x, cotangent):
+        def loss(scale, bias, x):
+            return (norm.batch_norm(1e-3, x, scale, bias)[0] * cotangent).sum()
+
+        return jax.grad(loss, (0, 1, 2))(scale, bias, x)
+
+    split = jax.shard_map(
+        gradients, mesh=mesh, in_specs=(P(), P(), P("data"), P("data")), out_specs=(P(), P(), P("data"))
+    )
+    scale, bias = jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
+    dscale, dbias, dx = jax.jit(split)(scale, bias, x, cotangent)
+    parts = [gradients(scale, bias, x[half], cotangent[half]) for half in (slice(4), slice(4, 8))]
+    np.testing.assert_allclose(dscale, parts[0][0] + parts[1][0], 1e-5, 1e-5)
+    np.testing.assert_allclose(dbias, parts[0][1] + parts[1][1], 1e-5, 1e-5)
+    np.testing.assert_allclose(dx, np.concatenate([part[2] for part in parts]), 1e-5, 1e-5)
 
 
 def test_batch_norm_refuses_a_forward_mode_derivative():

@@ -37,9 +37,10 @@ def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, 
     rewriting into that form leaves out what is inside a loop or a branch, where ResNet-20's step took 30 times as long.
 
     What is not of two dimensions, channels last, or is dilated, grouped, of a set precision, or padded by less than
-    nothing or by a window's width or more, is left to XLA, and so is all inside `shard_map` and over explicit meshes.
-    As any `custom_vjp` these take no forward-mode derivative. Of few channels a value that is not finite spreads to
-    neighbours that XLA's keeps clear of it, and features split over devices are gathered.
+    nothing or by a window's width or more, is left to XLA, and so is all inside `shard_map`, over explicit meshes and
+    of a size that `jax.export` leaves open. As any `custom_vjp` these take no forward-mode derivative. Of few channels
+    a value that is not finite spreads to neighbours that XLA's keeps clear of it, and features split over devices are
+    gathered.
     """
     if not _usual(x, kernel, **more):
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **more)
@@ -54,7 +55,8 @@ def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, 
 
 def _usual(x: jax.Array, kernel: jax.Array, dimension_numbers: Any = None, **more: Any) -> bool:
     if (
-        not x.size
+        not known(x)
+        or not x.size
         or kernel.ndim != 4
         or not automatic(x, kernel)
         or any(set(v if isinstance(v, Sequence) else [v]) != {1} for v in more.values() if v is not None)
@@ -67,6 +69,11 @@ def _usual(x: jax.Array, kernel: jax.Array, dimension_numbers: Any = None, **mor
 def automatic(*arrays: jax.Array) -> bool:
     """Whether XLA alone sees to their sharding: not inside `shard_map`, nor over explicit meshes."""
     return all(kind == AxisType.Auto for a in arrays for kind in jax.typeof(a).sharding.mesh.axis_types)
+
+
+def known(x: jax.Array) -> bool:
+    """Whether its sizes are numbers, none a symbol of `jax.export`."""
+    return all(isinstance(size, int) for size in x.shape)
 
 
 def _fits(size: int, window: int, pads: tuple[int, int]) -> bool:

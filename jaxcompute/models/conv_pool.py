@@ -6,10 +6,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .conv import CHANNELS_LAST, Padding, automatic, conv, one_device
+from .conv import CHANNELS_LAST, Padding, automatic, conv, known, one_device
 from .pooling import max_pool
 
 Activation = Callable[[jax.Array], jax.Array]
+# known to act on each value by itself: a softmax, say, would take other axes where the batch is last
+ELEMENTWISE: tuple[Activation, ...] = (
+    *(nn.relu, nn.relu6, nn.leaky_relu, nn.elu, nn.celu, nn.selu, nn.gelu, nn.silu, nn.softplus, nn.log_sigmoid),
+    *(nn.sigmoid, nn.tanh, nn.soft_sign, nn.hard_sigmoid, nn.hard_silu, nn.hard_tanh),
+)
 
 
 class ConvPool(nn.Module):
@@ -17,11 +22,11 @@ class ConvPool(nn.Module):
 
     x [B, H, W, C] to [B, H' // 2, W' // 2, features], where H' = H + 2 padding - h + 1.
 
-    On a CPU, on one device, in float32 or wider, of 16 examples or more, an odd window and even H' and W', what is
-    differentiated is computed with the batch last, where all that is copied or compared lies side by side, and the four
-    pixels that a pool chooses from come of one matrix product. LeNet-5's gradient takes 0.6 of the time (one core of an
-    Intel Xeon, jax 0.10.2). There a value that is not finite spreads to neighbours that XLA's keeps clear of it. As any
-    `custom_vjp` it takes no forward-mode derivative.
+    On a CPU, on one device, in float32 or wider, of 16 examples or more, an odd window, even H' and W' and an
+    activation that is one of `ELEMENTWISE`, what is differentiated is computed with the batch last, where all that is
+    copied or compared lies side by side, and the four pixels that a pool chooses from come of one matrix product.
+    LeNet-5's gradient takes 0.6 of the time (one core of an Intel Xeon, jax 0.10.2). There a value that is not finite
+    spreads to neighbours that XLA's keeps clear of it. As any `custom_vjp` it takes no forward-mode derivative.
     """
 
     features: int
@@ -39,11 +44,12 @@ class ConvPool(nn.Module):
             jax.default_backend() == "cpu"
             and one_device()
             and automatic(x, kernel)
+            and known(x)
             and len(x) >= 16
             and x.dtype != jnp.bfloat16
             and all(size % 2 == 0 for size in sizes)
             and all(size % 2 == 1 for size in self.window)
-            and not isinstance(self.activation, nn.Module)  # with parameters of its own
+            and self.activation in ELEMENTWISE
         )
         return (_conv_pool if own else plain)(self.activation, padding, x, kernel, bias)
 

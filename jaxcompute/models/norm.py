@@ -1,11 +1,12 @@
 """Batch norm (Ioffe and Szegedy 2015, arXiv:1502.03167) whose gradient is written by hand."""
 
 from collections.abc import Callable
-from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from .conv import automatic
 
 
 class BatchNorm(nn.Module):
@@ -14,7 +15,7 @@ class BatchNorm(nn.Module):
     What autodiff keeps for the gradient, several arrays of the input's size and twice as wide under bfloat16, is here
     the input alone, and the two sums over the batch are read in one pass. Outputs are Linen's; gradients are Linen's
     but for rounding. As any `custom_vjp` it takes no forward-mode derivative: `jax.jvp` and `jax.jacfwd` raise
-    TypeError, and `jax.grad` of a `jax.grad` works.
+    TypeError, and `jax.grad` of a `jax.grad` works. Inside `shard_map` and over explicit meshes autodiff does it all.
     """
 
     use_running_average: bool
@@ -32,21 +33,27 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", self.bias_init, channels)
         if self.use_running_average:
             return _normalize(x, mean.value, jax.lax.rsqrt(var.value + self.epsilon), scale, bias)
-        y, batch_mean, batch_var = batch_norm(self.epsilon, x, scale, bias)  # pyright: ignore[reportGeneralTypeIssues]
+        y, batch_mean, batch_var = batch_norm(self.epsilon, x, scale, bias)
         if not self.is_initializing():
             mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
             var.value = self.momentum * var.value + (1 - self.momentum) * batch_var
         return y
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def batch_norm(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
     """x [..., C] normalised by its own mean and variance, and these [C] in float32 or wider.
 
     var = E[x^2] - E[x]^2, at least 0: the biased one, and less exact than E[(x - E[x])^2] where |E[x]| is a thousand
     times the deviation.
     """
+    return (_batch_norm if automatic(x, scale, bias) else _formula)(epsilon, x, scale, bias)
+
+
+def _formula(epsilon, x, scale, bias):
     return _forward(epsilon, x, scale, bias)[0]
+
+
+_batch_norm = jax.custom_vjp(_formula, nondiff_argnums=(0,))
 
 
 def _forward(epsilon, x, scale, bias):
@@ -68,7 +75,7 @@ def _backward(epsilon, saved, cotangents):
     return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
 
 
-batch_norm.defvjp(_forward, _backward)
+_batch_norm.defvjp(_forward, _backward)
 
 
 def _sum(x: jax.Array) -> jax.Array:
