@@ -4,12 +4,13 @@
     python benchmarks/gpu.py --out=DIR --limit_s=500 --pieces=PIECES    within so many seconds, CIFAR-10 unpacked first
     JAX_PLATFORMS=cpu python benchmarks/gpu.py --out=DIR --tiny         proof that all of it runs, on any machine
 
-A stage (gpu_stages.py) has a process of its own and leaves DIR/<stage>.json and DIR/<stage>.log. The same command goes
-on: what is done is not done again, what failed is. A stage that would not fit into the time that is left is not begun;
-one that is ended keeps the figures that it had. DIR/summary.txt and summary.json have those of all stages; they and a
-packed trace are also copied to --back. Nothing is fetched: the machine needs jax, flax, optax and orbax, and for the
-peers PyTorch. CIFAR-10 comes from the data folder or from the two pieces of pack_cifar.py; without it made-up images
-serve, but for the speedruns and the whole trainings, which are left out.
+A stage (gpu_stages.py) has a process of its own, and a folder DIR/<stage> with told.json and log.txt. The same command
+goes on: what is done on this chip is not done again, what failed or was ended is, and keeps the figures that it had
+until there are others. A stage that would not fit into the time that is left is not begun. DIR/summary.txt and
+summary.json have the figures of all stages; they, the pictures and a packed trace are also copied to --back. Nothing is
+fetched: the machine needs jax, flax, optax and orbax, and for the peers PyTorch. CIFAR-10 comes from the data folder or
+from the two pieces of pack_cifar.py; without it made-up images serve, but for the speedruns and the whole trainings,
+which are left out.
 
 Its figures on a GPU are open: it has been run on the CPU alone, where speed means nothing.
 """
@@ -17,12 +18,14 @@ Its figures on a GPU are open: it has been run on the CPU alone, where speed mea
 import argparse
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -42,26 +45,30 @@ from jaxcompute.errors import BadInput
 
 class Stage(NamedTuple):
     run: Callable[..., dict[str, Any]]
-    seconds: float  # that it takes on an H100, estimated; it is ended after three times as many
+    seconds: float  # that it takes on an H100, estimated; it is ended after three times as many, or LONGEST
     images: Literal["none", "any", "real"] = "none"  # of CIFAR-10
 
 
+LONGEST = 480.0  # seconds of a stage
 STAGES = {
     "correct": Stage(stages.correct, 90),
-    "peers_resnet18": Stage(partial(stages.peers, work="resnet18_b256"), 90),
-    "peers_resnet50": Stage(partial(stages.peers, work="resnet50"), 150),
+    "peers_resnet18": Stage(partial(stages.peers, works="resnet18_b256", goal=1.2), 90),
+    "peers_resnet50": Stage(partial(stages.peers, works="resnet50", goal=1.2), 240),
     "speedrun": Stage(stages.speedrun, 100, "real"),
-    "speedrun_torch": Stage(stages.speedrun_torch, 90, "real"),
+    "speedrun_torch": Stage(stages.speedrun_torch, 150, "real"),
+    "roofs": Stage(stages.roofs, 130),
+    "deterministic": Stage(stages.deterministic, 80),
     "restore": Stage(stages.restore, 40),
     "resume": Stage(stages.resume, 45),
-    "deterministic": Stage(stages.deterministic, 80),
-    "roofs": Stage(stages.roofs, 130),
-    "trainings": Stage(stages.trainings, 240, "real"),
+    "training18": Stage(partial(stages.training, depth=18), 150, "real"),
     "sweep": Stage(stages.sweep, 200, "any"),
+    "training20": Stage(partial(stages.training, depth=20), 90, "real"),
+    "peers_resnet18_f32": Stage(partial(stages.peers, works="resnet18_b256", precisions="float32,tf32"), 150),
+    "peers_small": Stage(partial(stages.peers, works="mlp,lenet,cnn,resnet20"), 200),
     "loops": Stage(stages.loops, 90, "any"),
     "profile": Stage(stages.profiled, 45, "any"),
     "doctor": Stage(stages.doctor, 25),
-    "inference": Stage(partial(stages.peers, work="resnet18_b256", jobs="1,32,256"), 80),
+    "inference": Stage(partial(stages.peers, works="resnet18_b256", jobs="1,32,256"), 80),
     "benchmark": Stage(stages.benchmarked, 240, "any"),
 }
 
@@ -74,12 +81,13 @@ def main() -> None:
     parser.add_argument("--stages", default=",".join(STAGES), help="by default all: %(default)s")
     parser.add_argument("--limit_s", type=float, default=float("inf"), help="seconds for all of it")
     parser.add_argument("--pieces", type=Path, help="folder of the pieces of CIFAR-10, or of one of them, or of none")
-    parser.add_argument("--back", type=Path, help="also copy the summary and the trace there")
+    parser.add_argument("--back", type=Path, help="also copy the summary, the pictures and the trace there")
     parser.add_argument("--tiny", action="store_true", help="small nets, few steps: only that it runs")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.out = given.out.absolute()
     if given.stage:
+        threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
         sys.exit(one(given.stage, given))
     names = given.stages.split(",")
     if unknown := [name for name in names if name not in STAGES]:
@@ -91,24 +99,25 @@ def suite(names: list[str], given: argparse.Namespace) -> None:
     """The stages one after the other, those that are done left alone."""
     end = time.monotonic() + given.limit_s
     given.out.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault(
-        "JAX_COMPILATION_CACHE_DIR", str(given.out / "cache")
-    )  # what one stage compiles serves others
+    # what one stage compiles serves others
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(given.out / "cache"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     real = bring_images(given, {STAGES[name].images for name in names})
     for name in names:
         stage, left = STAGES[name], end - time.monotonic()
-        if (told := read(given.out, name)) and (told["state"], told["tiny"]) == ("done", given.tiny):
+        told = alike(given, name)
+        if told and told["state"] == "done":
             print(f"{name}: done before", flush=True)
         elif stage.seconds > left:
             need = f"it takes some {stage.seconds:.0f} s and {max(0, left):.0f} s are left"
             print(f"{name}: not begun, as {need}", flush=True)
         elif stage.images == "real" and not (real or given.tiny):
-            leave(given, name, "left out", 0, why="CIFAR-10 is not here: bring both pieces, --pieces=DIR")
+            start(given, name)
+            leave(given, name, "left out", why="CIFAR-10 is not here: bring both pieces, --pieces=DIR")
         else:
             print(f"{name}: some {stage.seconds:.0f} s on an H100", flush=True)
-            begin(name, given, min(left, 3 * stage.seconds))
-        summarise(given)
+            begin(name, given, min(left, 3 * stage.seconds, LONGEST))
+        summarise(given, names)
     print((given.out / "summary.txt").read_text(), end="")
 
 
@@ -137,93 +146,114 @@ def bring_images(given: argparse.Namespace, wanted: set[str]) -> bool:
 
 
 def begin(name: str, given: argparse.Namespace, seconds: float) -> None:
-    """In a process of its own, ended with all that it started after so many seconds."""
-    command = [sys.executable, __file__, f"--stage={name}", f"--out={given.out}", *(["--tiny"] if given.tiny else [])]
-    for left in (f"{name}.json", stages.KEPT):
-        (given.out / left).unlink(missing_ok=True)
-    began, why = time.monotonic(), ""
-    with (given.out / f"{name}.log").open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            code = process.wait(seconds)
-            why = f"its process ended with exit code {code}"
-        except subprocess.TimeoutExpired:
-            why = f"it took more than {seconds:.0f} s"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if read(given.out, name) is None:
-        leave(given, name, "failed", time.monotonic() - began, why=why, rows=kept(given))
-    told = read(given.out, name) or {}
+    """A stage, and whatever comes of it is told."""
+    began = time.monotonic()
+    start(given, name)
+    why = ended(name, given, seconds)
+    if told(given, name)["state"] == "begun":
+        leave(given, name, "failed", seconds=time.monotonic() - began, why=why)
+    found = told(given, name)
     print(
-        f"{name}: {told['state']} after {time.monotonic() - began:.0f} s{told['why'] and ': ' + told['why']}",
+        f"{name}: {found['state']} after {time.monotonic() - began:.0f} s{found['why'] and ': ' + found['why']}",
         flush=True,
     )
 
 
+def ended(name: str, given: argparse.Namespace, seconds: float) -> str:
+    """A stage in a process of its own, ended with all that it started after so many seconds; how it ended."""
+    command = [sys.executable, __file__, f"--stage={name}", f"--out={given.out}", *(["--tiny"] if given.tiny else [])]
+    with (given.out / name / "log.txt").open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            return f"its process ended with exit code {process.wait(seconds)}"
+        except subprocess.TimeoutExpired:
+            return f"it took more than {seconds:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def end_with(suite: int) -> None:
+    """A suite that is killed takes its stage along, which else would keep the GPU's memory."""
+    while os.getppid() == suite:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
+
+
 def one(name: str, given: argparse.Namespace) -> int:
-    """The stage itself; its result is left as JSON whatever comes of it."""
-    began = time.monotonic()
+    """The stage itself, in its process."""
+    began, state, why = time.monotonic(), "done", ""
     try:
-        facts = STAGES[name].run(given.out, given.tiny)
-    except stages.LeftOut as why:
-        leave(given, name, "left out", time.monotonic() - began, why=str(why))
+        stages.keep(given.out / name, **STAGES[name].run(given.out / name, given.tiny))
+    except stages.LeftOut as error:
+        state, why = "left out", str(error)
+    except stages.Unfinished as error:
+        state, why = "unfinished", str(error)
     except (Exception, SystemExit) as error:
         traceback.print_exc()
-        why = f"{type(error).__name__}: {error}"
-        seconds, told = time.monotonic() - began, traceback.format_exc()
-        leave(given, name, "failed", seconds, why=why, rows=kept(given), traceback=told)
-        return 1
-    else:
-        rows = [stages.Row(*row)._asdict() for row in facts.pop("rows")]
-        leave(given, name, "done", time.monotonic() - began, rows=rows, facts=facts)
-    return 0
+        state, why = "failed", f"{type(error).__name__}: {error}"
+    leave(given, name, state, seconds=time.monotonic() - began, why=why)
+    return int(state == "failed")
 
 
-def leave(given: argparse.Namespace, name: str, state: str, seconds: float, why: str = "", **told: Any) -> None:
-    facts = {"stage": name, "tiny": given.tiny, "state": state, "seconds": seconds, "why": why}
-    seen = os.environ.get("JAXCOMPUTE_DATA_DIR") == str(given.out / MADE_UP)
-    facts["made_up"] = seen and STAGES[name].images == "any"
-    log.write_json(given.out / f"{name}.json", facts | told)
+def start(given: argparse.Namespace, name: str) -> None:
+    """Told anew, with the figures of an earlier try."""
+    before = alike(given, name) or {"rows": [], "facts": {}}
+    (given.out / name).mkdir(exist_ok=True)
+    made_up = os.environ.get("JAXCOMPUTE_DATA_DIR") == str(given.out / MADE_UP) and STAGES[name].images == "any"
+    facts = {"stage": name, "tiny": given.tiny, "state": "begun", "seconds": 0.0, "why": "", "made_up": made_up}
+    facts |= {"machine": this_machine(), "rows": before["rows"], "facts": before["facts"]}
+    log.write_json(given.out / name / stages.TOLD, facts)
 
 
-def kept(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """The figures that a stage had when it failed or was ended, where it keeps them."""
-    return (log.read_json(given.out / stages.KEPT) or {"rows": []})["rows"]
+def leave(given: argparse.Namespace, name: str, state: str, **facts: Any) -> None:
+    log.write_json(given.out / name / stages.TOLD, told(given, name) | {"state": state} | facts)
 
 
-def read(out: Path, name: str) -> dict[str, Any] | None:
-    return log.read_json(out / f"{name}.json")
+def told(given: argparse.Namespace, name: str) -> dict[str, Any]:
+    """What a stage has left; nothing where it never began."""
+    return log.read_json(given.out / name / stages.TOLD) or {}
+
+
+def alike(given: argparse.Namespace, name: str) -> dict[str, Any] | None:
+    """The same, if it was on this chip and of this size."""
+    found = told(given, name)
+    same = found and stages.where(found) == stages.where({"machine": this_machine(), "tiny": given.tiny})
+    return found if same else None
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 
-def summarise(given: argparse.Namespace) -> None:
+def summarise(given: argparse.Namespace, names: list[str]) -> None:
     """Anew after each stage, so that nothing is lost where the time runs out."""
-    out, back = given.out, given.back
-    told = {name: found | {"log": tail(out / f"{name}.log")} for name in STAGES if (found := read(out, name))}
-    found = this_machine()
-    log.write_json(out / "summary.json", log.describe({}, tiny=given.tiny, **found, stages=told))
-    words = found["words"] + ["tiny: speeds mean nothing"] * given.tiny
-    if made_up := [name for name, one in told.items() if one.get("made_up")]:
+    out, back, here = given.out, given.back, this_machine()
+    all_told = {name: found | {"log": tail(out / name / "log.txt")} for name in STAGES if (found := told(given, name))}
+    log.write_json(out / "summary.json", log.describe({}, tiny=given.tiny, machine=here, stages=all_told))
+    words = [*here["chips"], f"driver {here['driver']}", *(f"{name} {of}" for name, of in here["packages"].items())]
+    words += ["tiny: speeds mean nothing"] * given.tiny
+    if made_up := [name for name, one in all_told.items() if one["made_up"]]:
         words.append(f"CIFAR-10's images made up for {', '.join(made_up)}")
-    log.replace_file(out / "summary.txt", text(told, words))
+    never = {name: {"state": "not begun", "seconds": 0.0, "why": "", "machine": here} for name in names}
+    log.replace_file(out / "summary.txt", text(never | all_told, words, here["chips"]))
     if back:
         back.mkdir(parents=True, exist_ok=True)
-        for file in (out / "summary.json", out / "summary.txt", out / stages.TRACE):
+        for file in (out / "summary.json", out / "summary.txt", *out.glob(f"*/{stages.TRACE}"), *out.glob("*/*.png")):
             if file.exists() and file.stat().st_size < 2**24:
-                shutil.copy(file, back / file.name)
+                shutil.copy(file, back / f"{file.parent.name}-{file.name}" if file.parent != out else back)
 
 
 def tail(file: Path, most: int = 10_000) -> str:
     return file.read_text(errors="replace")[-most:] if file.exists() else ""
 
 
-def text(told: dict[str, Any], words: list[str]) -> str:
+def text(told: dict[str, Any], words: list[str], chips: list[str]) -> str:
     """What became of each stage, and all figures."""
-    became = [(name, found["state"], f"{found['seconds']:.0f}", found["why"][:90]) for name, found in told.items()]
+    became = [
+        (name, found["state"], f"{found['seconds']:.0f}", found["why"][:90], on(found, chips))
+        for name, found in told.items()
+    ]
     reached = {None: "", True: "yes", False: "NO"}
     figures = [
         (name, row["what"], shown(row["value"]), row["unit"], row["goal"], reached[row["holds"]])
@@ -232,10 +262,15 @@ def text(told: dict[str, Any], words: list[str]) -> str:
     ]
     parts = [
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {', '.join(words)}",
-        log.table(became, ("stage", "state", "s", "why")),
+        log.table(became, ("stage", "state", "s", "why", "on another chip")),
         log.table(figures, ("stage", "figure", "value", "unit", "goal", "reached")),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def on(found: dict[str, Any], chips: list[str]) -> str:
+    there = found["machine"]["chips"]
+    return "" if there == chips else ", ".join(there)
 
 
 def shown(value: Any) -> str:
@@ -244,8 +279,9 @@ def shown(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+@functools.cache
 def this_machine() -> dict[str, Any]:
-    """Chip, driver and versions, and the same in words; without jax, which would take the GPU's memory."""
+    """Chips, driver and versions; without jax, which would take the GPU's memory."""
     versions = {}
     for name in ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "optax", "torch", "triton", "nvidia-cudnn-cu13"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -253,12 +289,9 @@ def this_machine() -> dict[str, Any]:
     try:
         driver = nvml.driver()
         chips = [f"{gpu.name} of {gpu.memory / 2**30:.0f} GiB and {gpu.power_cap or 0:.0f} W" for gpu in driver.gpus]
-        facts = {"chips": chips, "driver": driver.version, "cuda": driver.cuda}
-        words = [*chips, f"driver {driver.version}"]
+        return {"chips": chips, "driver": driver.version, "cuda": driver.cuda, "packages": versions}
     except nvml.Missing as error:
-        facts, words = {"driver": str(error)}, [machine.processor()]
-    words += [f"{name} {version}" for name, version in versions.items()]
-    return {"machine": facts, "packages": versions, "words": words}
+        return {"chips": [machine.processor()], "driver": f"none: {error}", "cuda": "", "packages": versions}
 
 
 if __name__ == "__main__":

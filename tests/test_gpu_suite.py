@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -39,7 +40,7 @@ def test_a_stage_leaves_its_figures_and_is_not_run_twice(tmp_path):
 @pytest.fixture
 def suite(tmp_path, monkeypatch):
     """The suite's own loop, its stages in this process."""
-    monkeypatch.setattr(gpu, "begin", lambda name, given, seconds: gpu.one(name, given))
+    monkeypatch.setattr(gpu, "ended", lambda name, given, seconds: gpu.one(name, given))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # and is put back, as is the folder of data
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "")
     monkeypatch.setenv("JAXCOMPUTE_DATA_DIR", str(tmp_path / "nothing"))
@@ -66,20 +67,46 @@ def ends(out, tiny):
     sys.exit("computes something else")
 
 
-def test_a_stage_that_fails_is_told_and_the_next_begins(suite, tmp_path):
+def test_a_stage_that_fails_is_told_and_the_next_begins(suite, tmp_path, capsys):
     stages = {"ill": gpu.Stage(ill, 1), "ends": gpu.Stage(ends, 1), "well": gpu.Stage(well, 1)}
     assert suite(stages) == {
         "ill": ("failed", "ValueError: no such kernel"),
         "ends": ("failed", "SystemExit: computes something else"),
         "well": ("done", ""),
     }
-    assert 'raise ValueError("no such kernel")' in gpu.read(tmp_path, "ill")["traceback"]
+    assert 'raise ValueError("no such kernel")' in capsys.readouterr().err  # its log
     table = (tmp_path / "summary.txt").read_text()
     assert "no such kernel" in table
     assert "a figure" in table
     # mended, it is run again, and the one that is done is not, unless it was tiny
     assert suite({"ill": gpu.Stage(well, 1), "well": gpu.Stage(ill, 1)}) == {"ill": ("done", ""), "well": ("done", "")}
     assert suite({"well": gpu.Stage(ill, 1)}, tiny=True)["well"][0] == "failed"
+
+
+def test_figures_outlast_a_shorter_run_and_a_goal_is_missed_until_it_is_measured(suite, tmp_path, monkeypatch):
+    def broken(out, tiny, figures=2, ill=True):
+        goals = [gpu.stages.at_least(9, f"figure {i}", i) for i in range(3)]
+        gpu.stages.promise(out, *goals)
+        gpu.stages.keep(out, goals[:figures], seen=figures)
+        if ill:
+            raise ValueError("no such kernel")
+        return {"rows": []}
+
+    def rows() -> list:
+        return [row["value"] for row in json.loads((tmp_path / "broken/told.json").read_text())["rows"]]
+
+    suite({"broken": gpu.Stage(broken, 1)})
+    assert rows() == [0, 1, "not run"]
+    assert suite({"broken": gpu.Stage(partial(broken, figures=0), 1)})["broken"][0] == "failed"
+    assert rows() == [0, 1, "not run"]
+    missed = [line for line in (tmp_path / "summary.txt").read_text().splitlines() if "figure 2" in line]
+    assert missed[0].split()[-1] == "NO"
+    assert suite({"broken": gpu.Stage(partial(broken, figures=3, ill=False), 1)})["broken"][0] == "done"
+    assert rows() == [0, 1, 2]
+    # what was done on another chip is done again, and none of its figures stay
+    monkeypatch.setattr(gpu, "this_machine", lambda: {"chips": ["another"], "driver": "", "packages": {}})
+    suite({"broken": gpu.Stage(partial(broken, figures=1), 1)})
+    assert rows() == [0, "not run", "not run"]
 
 
 def test_what_has_no_time_or_no_data_is_not_begun(suite, tmp_path, capsys, monkeypatch):
@@ -97,6 +124,7 @@ def test_what_has_no_time_or_no_data_is_not_begun(suite, tmp_path, capsys, monke
     assert told["real"] == ("left out", "CIFAR-10 is not here: bring both pieces, --pieces=DIR")
     assert told["any"][0] == "done"
     said = capsys.readouterr().out
+    assert "long   not begun" in (tmp_path / "summary.txt").read_text()
     assert "long: not begun, as it takes some 2000 s and 1000 s are left" in said
     assert "has no cifar10-0.npz and no cifar10-1.npz" in said
     monkeypatch.setenv("JAXCOMPUTE_DATA_DIR", str(tmp_path / "nothing"))  # as a new process sees it
@@ -105,27 +133,45 @@ def test_what_has_no_time_or_no_data_is_not_begun(suite, tmp_path, capsys, monke
     assert "CIFAR-10's images made up for any\n" in (tmp_path / "summary.txt").read_text()
 
 
-def test_a_stage_has_three_times_its_seconds_or_what_is_left(suite, monkeypatch):
+def test_a_stage_has_three_times_its_seconds_or_what_is_left_and_at_most_eight_minutes(suite, monkeypatch):
     allowed = []
     monkeypatch.setattr(gpu, "begin", lambda name, given, seconds: allowed.append(seconds))
     suite({"well": gpu.Stage(well, 10)}, limit_s=float("inf"))
     suite({"well": gpu.Stage(well, 10)}, limit_s=20.0)
+    suite({"well": gpu.Stage(well, 200)}, limit_s=1000.0)
     assert allowed[0] == 30
     assert 10 < allowed[1] <= 20
+    assert allowed[2] == 480
 
 
 def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
-    script, pid = tmp_path / "stage.sh", tmp_path / "pid"
+    script, pid, figures = (tmp_path / name for name in ("stage.sh", "pid", "figures"))
     row = gpu.stages.Row("a point", 2.5)._asdict()
-    kept = f"echo '{json.dumps({'rows': [row]})}' > {tmp_path}/{gpu.stages.KEPT}"
-    script.write_text(f"sleep 600 &\necho $! > {pid}\n{kept}\nwait\n")
+    figures.write_text(json.dumps({"state": "begun", "rows": [row]}))
+    script.write_text(f"sleep 600 &\necho $! > {pid}\ncp {figures} {tmp_path}/correct/told.json\nwait\n")
     monkeypatch.setattr(gpu, "__file__", str(script))
     monkeypatch.setattr(sys, "executable", "/bin/sh")  # which starts at once on a busy machine too
-    gpu.begin("correct", argparse.Namespace(out=tmp_path, tiny=True), 5.0)
-    told = gpu.read(tmp_path, "correct")
+    given = argparse.Namespace(out=tmp_path, tiny=True)
+    gpu.begin("correct", given, 5.0)
+    told = gpu.told(given, "correct")
     assert (told["state"], told["why"], told["rows"]) == ("failed", "it took more than 5 s", [row])
+    gone(int(pid.read_text()))
+
+
+def test_a_suite_that_is_killed_takes_its_stage_along():
+    child = "import os; from benchmarks import gpu; print(os.getpid(), flush=True); gpu.end_with(os.getppid())"
+    shell = ["/bin/sh", "-c", f'setsid "{sys.executable}" -c "{child}" & wait']
+    with subprocess.Popen(shell, cwd=ROOT, stdout=subprocess.PIPE, text=True) as suite:
+        assert suite.stdout
+        pid = int(suite.stdout.readline())
+        assert runs(pid)
+        suite.kill()
+        gone(pid)
+
+
+def gone(pid: int) -> None:
     deadline = time.monotonic() + 10
-    while runs(int(pid.read_text())):
+    while runs(pid):
         assert time.monotonic() < deadline, "what it started still runs"
         time.sleep(0.05)
 
@@ -270,7 +316,69 @@ def test_whole_trainings_tell_their_accuracy_and_begin_anew(tmp_path, monkeypatc
         return 0, ""
 
     monkeypatch.setattr(gpu.stages, "launched", launched)
-    for _ in range(2):
-        rows = gpu.stages.trainings(tmp_path, tiny=False)["rows"]
-        assert [(row.value, row.holds) for row in rows if row.goal] == [(0.96, True), (0.919, False)]
+    for depth in (18, 18, 20, 20):
+        row, _ = gpu.stages.training(tmp_path, tiny=False, depth=depth)["rows"]
+        assert (row.value, row.holds) == ((0.96, True) if depth == 18 else (0.919, False))
     assert len(seen) == 4
+
+
+def test_a_sweep_whose_time_is_up_goes_on_where_it_was(tmp_path, monkeypatch):
+    from jaxcompute.compute import benchmark
+
+    took = []
+
+    def measure(exp, setting, roofs, joules, seconds):
+        took.append((setting.precision, setting.steps_per_call))
+        time.sleep(0.1)
+        return benchmark.Point(setting, 1.0, 0.0, 100.0, *[None] * 7)
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    with pytest.raises(gpu.stages.Unfinished, match="1 of 2 points are left"):
+        gpu.stages.sweep(tmp_path, tiny=True, seconds=0.1)
+    gpu.stages.sweep(tmp_path, tiny=True)
+    assert took == [("float32", 1), ("float32", 2)]
+    assert len(gpu.stages.kept(tmp_path)["rows"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("other", "compiled", "expected"),
+    [
+        ({}, True, {"over torch.compile": 0.5}),
+        ({}, False, {"over torch eager": 0.5}),
+        ({"machine": {"chips": ["B"]}}, True, {"over torch.compile": "not run: speedrun was on ['B']"}),
+        ({"facts": {}}, True, {"over torch.compile": "not run: speedrun left no runs"}),
+    ],
+)
+def test_the_speedruns_ratio_is_of_one_chip_and_the_faster_mode(tmp_path, other, compiled, expected):
+    def told(name: str, **facts) -> None:
+        (tmp_path / name).mkdir()
+        common = {"machine": {"chips": ["A"]}, "tiny": False, "rows": []}
+        (tmp_path / name / gpu.stages.TOLD).write_text(json.dumps(common | facts))
+
+    told("speedrun", **({"facts": {"runs": [{"train_s": 1.0, "eval_s": 1.0}]}} | other))
+    told("speedrun_torch", facts={})
+    runs = {"default": 3.0, "max-autotune": 2.0}
+    found = {
+        mode: {"compiled": compiled and mode, "runs": [{"train_s": seconds, "eval_s": seconds}]}
+        for mode, seconds in runs.items()
+    }
+    rows = gpu.stages.beside(tmp_path / "speedrun_torch", found)
+    assert {row.what.partition(": ours ")[2]: row.value for row in rows} == expected
+    assert len(rows) == 2
+
+
+def test_the_bandwidth_roof_counts_what_resnet50_computes():
+    from jaxcompute.models import resnet
+
+    model, image = resnet.ImageNetResNet50(classes=1000), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+
+    def seen(variables, image):
+        return model.apply(variables, image, capture_intermediates=True)[1]["intermediates"]
+
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(seen, variables, image))
+    sizes = {tuple(key.key for key in path[:-2]): leaf.size for path, leaf in leaves}  # of modules, by path
+    convolved = sum(size for path, size in sizes.items() if path and "Conv" in path[-1])
+    joined = sum(size for path, size in sizes.items() if path and "Bottleneck" in path[-1])
+    assert (convolved, joined) == (gpu.stages.CONVOLVED, gpu.stages.JOINED)
+    assert 9300 < gpu.stages.bandwidth_roof(3.35e12) < 9500
