@@ -329,12 +329,12 @@ def test_a_sweep_whose_time_is_up_goes_on_where_it_was(tmp_path, monkeypatch):
 
     def measure(exp, setting, roofs, joules, seconds):
         took.append((setting.precision, setting.steps_per_call))
-        time.sleep(0.1)
+        time.sleep(0.5)
         return benchmark.Point(setting, 1.0, 0.0, 100.0, *[None] * 7)
 
     monkeypatch.setattr(benchmark, "measure", measure)
     with pytest.raises(gpu.stages.Unfinished, match="1 of 2 points are left"):
-        gpu.stages.sweep(tmp_path, tiny=True, seconds=0.1)
+        gpu.stages.sweep(tmp_path, tiny=True, seconds=0.5)
     gpu.stages.sweep(tmp_path, tiny=True)
     assert took == [("float32", 1), ("float32", 2)]
     assert len(gpu.stages.kept(tmp_path)["rows"]) == 2
