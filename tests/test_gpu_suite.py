@@ -322,6 +322,39 @@ def test_whole_trainings_tell_their_accuracy_and_begin_anew(tmp_path, monkeypatc
     assert len(seen) == 4
 
 
+def test_a_comparison_that_is_ended_keeps_its_timings_and_goes_on_with_the_works_that_are_left(tmp_path, monkeypatch):
+    from benchmarks import side_by_side
+    from jaxcompute.compute import benchmark
+
+    def timing(name: str, who: str, ratio: float) -> side_by_side.Timing:
+        told = {"work": name, "job": "train", "who": who, "ms": 4.0, "ratio": ratio}
+        return side_by_side.Timing(**dict.fromkeys(side_by_side.Timing._fields, 0.0) | told)
+
+    begun = []
+
+    def compare(name, options, differs, keep):
+        begun.append(name)
+        timings = [timing(name, "ours", 1.0), timing(name, "torch.compile", 1.5)]
+        keep(timings)
+        if begun.count(name) == 1 and name == "tiny_resnet":
+            raise MemoryError
+        return timings
+
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")  # and is put back
+    monkeypatch.setattr(side_by_side, "compare", compare)
+    monkeypatch.setattr(side_by_side, "picture", lambda timings, title, file: file.write_text(str(len(timings))))
+    monkeypatch.setattr(benchmark, "roofs", lambda: benchmark.Roofs({"float32": 1e12}, 1e9, ""))
+    compared = partial(gpu.stages.peers, tmp_path, False, works="tiny,tiny_resnet", precisions="float32", goal=1.2)
+    with pytest.raises(MemoryError):
+        compared()
+    rows = {row["what"]: row["value"] for row in gpu.stages.kept(tmp_path)["rows"]}
+    assert rows["tiny_resnet, float32, train: ours"] == 2000
+    assert rows["tiny_resnet, float32, train: over torch.compile"] == 1.5
+    compared()
+    assert begun == ["tiny", "tiny_resnet", "tiny_resnet"]
+    assert (tmp_path / "side-by-side.png").read_text() == "4"
+
+
 def test_a_sweep_whose_time_is_up_goes_on_where_it_was(tmp_path, monkeypatch):
     from jaxcompute.compute import benchmark
 
