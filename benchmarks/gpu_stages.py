@@ -476,10 +476,9 @@ def training(out: Path, tiny: bool, depth: int) -> Facts:
 
 def sweep(out: Path, tiny: bool, seconds: float = 150) -> Facts:
     """Steps in one call, and precisions, of cifar_resnet and an MLP; no point begins after so many seconds."""
-    import jax
 
     from benchmarks import side_by_side
-    from jaxcompute.compute import benchmark, energy
+    from jaxcompute.compute import benchmark
 
     nets, kinds = ("depth 18", "depth 20", "mlp"), ("bfloat16", "tensorfloat32", "float32")
     points = [("depth 18", kind, 8) for kind in kinds]
@@ -490,17 +489,16 @@ def sweep(out: Path, tiny: bool, seconds: float = 150) -> Facts:
     found = kept(out)["facts"].get("points", {})
     roofs = benchmark.roofs(0.1 if tiny else 2.0)
     end = time.perf_counter() + seconds
-    with energy.meter(jax.local_devices()) as joules:
-        for what, (name, kind, count) in whats.items():
-            if what in found or time.perf_counter() > end:
-                continue
-            exp = side_by_side.experiment(name, "float32") if "depth" not in name else cifar_resnet(name[-2:])
-            setting = benchmark.Setting(kind, exp.config.batch_size, 1, count)  # pyright: ignore[reportArgumentType]
-            point = benchmark.measure(exp, setting, roofs, joules, 0.1 if tiny else 1.0)
-            found[what] = {"net": name, **point._asdict(), "setting": setting._asdict()}
-            row = Row(what, point.examples_per_sec, "examples/s")
-            keep(out, [row], points=found)
-            print(row, flush=True)
+    for what, (name, kind, count) in whats.items():
+        if what in found or time.perf_counter() > end:
+            continue
+        exp = side_by_side.experiment(name, "float32") if "depth" not in name else cifar_resnet(name[-2:])
+        setting = benchmark.Setting(kind, exp.config.batch_size, 1, count)  # pyright: ignore[reportArgumentType]
+        point = benchmark.measure(exp, setting, roofs, 0.1 if tiny else 1.0)
+        found[what] = {"net": name, **point._asdict(), "setting": setting._asdict()}
+        row = Row(what, point.examples_per_sec, "examples/s")
+        keep(out, [row], points=found)
+        print(row, flush=True)
     if left := len(whats.keys() - found):
         raise Unfinished(f"{left} of {len(whats)} points are left")
     return {"rows": [], "roofs": roofs._asdict()}
@@ -542,7 +540,7 @@ def roofs(out: Path, tiny: bool) -> Facts:
     import jax
 
     from benchmarks import side_by_side
-    from jaxcompute.compute import benchmark, energy, profile, roofline
+    from jaxcompute.compute import benchmark, profile, roofline
 
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)  # as `profile` does: one compilation less
     goal = partial(at_least, 0.75, "resnet50: examples/s, of what the bandwidth allows its activations")
@@ -553,8 +551,7 @@ def roofs(out: Path, tiny: bool) -> Facts:
     for name in ["tiny_resnet"] if tiny else ["resnet50", "resnet18_b256"]:
         exp = side_by_side.experiment(name, precision)
         top = benchmark.roofs(seconds)
-        with energy.meter(jax.local_devices()) as joules:
-            point = benchmark.measure(exp, benchmark.Setting(precision, exp.config.batch_size), top, joules, seconds)
+        point = benchmark.measure(exp, benchmark.Setting(precision, exp.config.batch_size), top, seconds)
         rows = [goal(point.examples_per_sec / bandwidth_roof(top.bandwidth))] if name == "resnet50" else []
         rows += [
             Row(f"{name}: of the datasheet's peak", point.mfu),
@@ -612,7 +609,7 @@ def timed(names: list[str], tiny: bool, bound: bool) -> Facts:
     for name in names:
         exp = side_by_side.experiment(name, precision)
         setting = benchmark.Setting(precision, exp.config.batch_size, 1, count)
-        point = benchmark.measure(exp, setting, benchmark.roofs(seconds), lambda: None, seconds)
+        point = benchmark.measure(exp, setting, benchmark.roofs(seconds), seconds)
         program, digests = programmed(benchmark.placed(exp, setting)), []
         for _ in range(2):
             state = program.init()
