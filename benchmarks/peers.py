@@ -1,11 +1,13 @@
-"""The peers that side_by_side.py times: the same networks in plain Linen and in PyTorch, each with its usual step.
+"""The peers that side_by_side.py times: the same networks in plain Linen and PyTorch, with their usual step and loop.
 
 Plain Linen is as in the Flax examples: `nn.Conv`, `nn.BatchNorm`, `nn.max_pool`, a TrainState, a jitted step over a
-batch. PyTorch takes channels_last, and its modules are named as Linen's, so that weights are copied by name.
+batch; its loop indexes numpy arrays by a permutation and fetches loss and accuracy at a log line. PyTorch takes
+channels_last, and its modules are named as Linen's, so that weights are copied by name; its loop is a DataLoader over a
+TensorDataset, in this process, and counts no accuracy. Both loops hold bytes and normalise a batch on the device.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,6 +25,7 @@ except ImportError:
     torch = None
 
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
+Step = Callable[..., Any]
 
 # -- plain Linen -------------------------------------------------------------------------------------------------------
 
@@ -133,19 +136,52 @@ def linen_loss(model: nn.Module, dtype: Any, params: Any, mutable: Any, image: j
     return loss, ({**mutable}, (logits.argmax(-1) == label).mean())
 
 
-def linen_step(model: nn.Module, dtype: Any = jnp.float32) -> Callable[..., Any]:
-    """(state, mutable, image [B, H, W, C] float32, label [B]) -> state, mutable, loss, accuracy."""
+def normalized(image: jax.Array) -> jax.Array:
+    return (image.astype(jnp.float32) / 255 - 0.5) / 0.25
+
+
+def linen_step(model: nn.Module, dtype: Any, prepare: Callable[[Any], Any] = lambda image: image) -> Step:
+    """(state, mutable, image [B, H, W, C], label [B]) -> state, mutable, loss, accuracy."""
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(state, mutable, image, label):
         gradient = jax.value_and_grad(partial(linen_loss, model, dtype), has_aux=True)
-        (loss, (mutable, accuracy)), grads = gradient(state.params, mutable, image, label)
+        (loss, (mutable, accuracy)), grads = gradient(state.params, mutable, prepare(image), label)
         return state.apply_gradients(grads=grads), mutable, loss, accuracy
 
     return step
 
 
+def linen_loop(
+    step: Step, image: np.ndarray, label: np.ndarray, batch: int, state: TrainState, mutable: Any, every: int
+) -> Iterator[float]:
+    """As the Flax examples train: numpy arrays on the host, shuffled anew each epoch; yields the loss at a log line."""
+    random, seen = np.random.default_rng(0), []
+    while True:
+        order = random.permutation(len(image))
+        for rows in order[: len(order) // batch * batch].reshape(-1, batch):
+            state, mutable, loss, accuracy = step(state, mutable, image[rows], label[rows])
+            seen.append((loss, accuracy))
+            if len(seen) == every:
+                mean_loss, _ = np.mean(jax.device_get(seen), axis=0)
+                seen.clear()
+                yield float(mean_loss)
+
+
 # -- PyTorch -----------------------------------------------------------------------------------------------------------
+
+
+def device() -> str:
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def torch_image(image: Any) -> Any:
+    """[B, H, W, C] -> [B, C, H, W] on the device, channels_last."""
+    return torch.from_numpy(np.array(image)).permute(0, 3, 1, 2).to(device()).to(memory_format=torch.channels_last)
+
+
+def torch_label(label: Any) -> Any:
+    return torch.from_numpy(np.array(label)).long().to(device())
 
 
 def torch_model(model: nn.Module, channels: int, side: int) -> Any:
@@ -263,6 +299,12 @@ def by_linens_names(module: Any, tensors: Callable[[Any], Any]) -> dict[str, np.
     return found
 
 
+def by_path(params: Any) -> dict[str, np.ndarray]:
+    """Linen's parameters by path, Dense_0/kernel say."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
+
+
 def copy_weights(params: dict[str, np.ndarray], module: Any) -> None:
     """Linen's parameters, by path, into the module."""
     with torch.no_grad():
@@ -274,18 +316,35 @@ def copy_weights(params: dict[str, np.ndarray], module: Any) -> None:
             parameter.copy_(torch.from_numpy(np.ascontiguousarray(array)))
 
 
-def torch_step(module: Any, precision: str) -> Callable[..., Any]:
+def torch_step(module: Any, precision: str) -> Step:
     """(image [B, C, H, W] channels_last, label [B]) -> loss, after the optimizer's step."""
-    sgd = torch.optim.SGD(module.parameters(), LEARNING_RATE, MOMENTUM, nesterov=True)
-    cross_entropy = torch.nn.functional.cross_entropy
-    device = next(module.parameters()).device.type
+    cross_entropy, where = torch.nn.functional.cross_entropy, device()
+    fused = where == "cuda" or None
+    sgd = torch.optim.SGD(module.parameters(), LEARNING_RATE, MOMENTUM, nesterov=True, fused=fused)
+    module.train()
 
     def step(image, label):
         sgd.zero_grad(set_to_none=True)
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(where, torch.bfloat16, enabled=precision == "bfloat16"):
             loss = cross_entropy(module(image).float(), label)
         loss.backward()
         sgd.step()
         return loss
 
     return step
+
+
+def torch_loop(step: Step, image: np.ndarray, label: np.ndarray, batch: int, every: int) -> Iterator[float]:
+    """As the PyTorch examples train: a DataLoader over tensors on the host; yields the loss at a log line."""
+    where, images = device(), torch.from_numpy(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
+    dataset = torch.utils.data.TensorDataset(images, torch.from_numpy(label).long())
+    loader = torch.utils.data.DataLoader(dataset, batch, shuffle=True, drop_last=True, pin_memory=where == "cuda")
+    at = 0
+    while True:
+        for x, y in loader:
+            x, y = x.to(where, non_blocking=True), y.to(where, non_blocking=True)
+            x = x.float().div_(255).sub_(0.5).div_(0.25).to(memory_format=torch.channels_last)
+            loss = step(x, y)
+            at += 1
+            if at % every == 0:
+                yield loss.item()
