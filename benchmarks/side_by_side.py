@@ -607,7 +607,7 @@ def table(timings: list[Timing]) -> str:
 
     rows = [
         (
-            *(t.work, t.job, t.who, f"{t.ms:.3g}", f"{t.ratio:.2f}", f"{t.low:.2f} to {t.high:.2f}"),
+            *(t.work, t.job, t.who, f"{float(f'{t.ms:.3g}'):g}", f"{t.ratio:.2f}", f"{t.low:.2f} to {t.high:.2f}"),
             "" if t.first_s is None else f"{t.first_s:.1f}",
         )
         for t in timings
