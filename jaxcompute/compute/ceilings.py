@@ -2,7 +2,7 @@
 
 Each figure is the best of several repeats, as a ceiling is what can be reached and not what is reached on average.
 What is multiplied is drawn at random: on constants a GPU's circuits switch less, draw less power and clock higher than
-on anything that is trained on (bfloat16 on an H200: 788 TFLOP/s at random, 894 of zeros).
+on anything that is trained on.
 """
 
 import functools
