@@ -115,8 +115,8 @@ def main(argv: list[str]) -> None:
         config = configs.from_flags(module.Config, config_of(workdir, module.Config))
         if FLAGS.point is not None:
             point = grid.point(config, FLAGS.sweep, FLAGS.point)
-            if log.read_config(workdir) is None:  # else it is a run's own, which it was told to go on with after a kill
-                workdir /= grid.name(point)
+            own = workdir.name == grid.name(point) and log.read_config(workdir) is not None  # as it told, to go on with
+            workdir = workdir if own else workdir / grid.name(point)
             config = configs.replace(configs.from_flags(module.Config, config_of(workdir, module.Config)), point)
     cache.keep()
     jax.config.update("jax_enable_x64", config.precision == "float64")

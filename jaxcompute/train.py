@@ -39,13 +39,14 @@ MEND = "--xla_cpu_experimental_ynn_fusion_type="
 
 # fields that a run may go on with changed: what is computed from a State, or seen of it, stays sound
 FREE = {"steps", "epochs", "log_every", "eval_every", "save_every", "keep_last", "keep_best"}
-FREE |= {"mesh_data", "mesh_fsdp", "mesh_model"}
+FREE |= {"steps_per_call", "mesh_data", "mesh_fsdp", "mesh_model"}
 
 
 # Calls in flight on several CPU devices: with more than 32 their collectives wait for one another, and after 40 s XLA
 # ends the process (jax 0.10.2).
 CPU_AHEAD = 16
 AHEAD = 2  # streamed batches that are on the devices before they are asked for, and calls dispatched before one is done
+IN_USE = 1 + 2 * AHEAD  # streamed batches that may be on the devices at once: one, those ahead and those in flight
 
 
 class NonFinite(Exception):
@@ -158,12 +159,17 @@ def resolve(exp: Experiment, mesh: jax.sharding.Mesh) -> Experiment:
     if config.steps_per_call == 0:
         # a rolled loop over convolutions other than those of models/conv.py is some 30 times slower on the CPU; a
         # streamed batch is one step's; what is due within a call is done after it
-        most = min(8, exp.steps, config.log_every, config.eval_every or 8, config.save_every or 8)
+        most = min(8, exp.steps, config.log_every, eval_period(exp), config.save_every or 8)
         config = dataclasses.replace(config, steps_per_call=1 if cpu or not exp.train.resident else most)
     if config.steps_per_call > 1 and not exp.train.resident:
         raise BadInput(f"--config.steps_per_call={config.steps_per_call}: a streamed batch is one step's; give 1")
     rows = -(-exp.eval.batch_size // sharding.rows(mesh)) * sharding.rows(mesh)
     return dataclasses.replace(exp, config=config, eval=exp.eval.with_batch_size(rows))
+
+
+def eval_period(exp: Experiment) -> int:
+    """Steps between two evaluations: by default an epoch."""
+    return exp.config.eval_every or max(1, round(exp.train.size / exp.train.batch_size))
 
 
 def check_labels(where: str, rows: Mapping[str, np.ndarray], classes: int) -> None:
@@ -264,15 +270,15 @@ def compile(exp: Experiment, mesh: jax.sharding.Mesh) -> Program:
             return {}
         total = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
         made = max(0, total - sum(kept.values()) - sharding.bytes_per_device(fed))
-        return kept | {"data": feed.held(True) + eval_feed.held(False), "activations and temporaries": made}
+        return kept | {"data": feed.held(IN_USE) + eval_feed.held(0), "activations and temporaries": made}
 
     def eval_memory() -> dict[str, int]:
         like = jax.tree.map(lambda x: x.update(sharding=whole), counted)
         m = measured.lower(abstract, like, eval_fed, np.int32(0)).compile().memory_analysis()
         if m is None:
             return {}
-        made = m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
-        return kept | {"data": feed.held(False) + eval_feed.held(True), "activations and temporaries": max(0, made)}
+        made = max(0, m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes)
+        return kept | {"data": feed.held(1 + AHEAD) + eval_feed.held(IN_USE), "activations and temporaries": made}
 
     return Program(
         exp=exp,
@@ -339,10 +345,9 @@ class Feeder:
             mend = "a source gives each batch the same: pad it and mask it, or leave it out"
             raise Recompile(f"the batch of step {at} would compile the step anew: {changes}; {mend}")
 
-    def held(self, used: bool) -> int:
-        """Bytes a device: a resident set; of a stream, while it is used, a batch, those ahead and those in flight."""
-        batch = sharding.bytes_per_device(self.like)
-        return batch if self.source.resident else (1 + 2 * AHEAD) * batch if used else 0
+    def held(self, batches: int) -> int:
+        """Bytes a device: a resident set, or so many batches of a stream."""
+        return sharding.bytes_per_device(self.like) * (1 if self.source.resident else batches)
 
     def blank(self) -> Batch:
         """A batch whose values do not matter."""
@@ -615,7 +620,7 @@ def tells_of_memory(exp: Experiment, mesh: jax.sharding.Mesh, of: Literal["train
             raise
         if of == "data":  # nothing has run
             whole = [source.feed(0) for source in (exp.train, exp.eval) if source.resident]
-            spent = WontFit(exp, mesh, sum(x.nbytes for x in jax.tree.leaves(whole)), free_memory(mesh), of)
+            spent = WontFit(exp, mesh, sum(x.nbytes for x in jax.tree.leaves(whole)), None, of)
         else:
             spent = OutOfMemory(exp, mesh, None, None, of)
         for note in getattr(error, "__notes__", []):
@@ -694,7 +699,7 @@ def loop(
         say(f"after a kill the same command goes on with {shlex.quote(f'--workdir={workdir}')}")
     if at_once:
         raise Preempted(at_once[0], at, saved=at > 0)
-    eval_every = config.eval_every or max(1, round(exp.train.size / exp.train.batch_size))
+    eval_every = eval_period(exp)
     files = log.writer(home, at, say) if home else contextlib.nullcontext(lambda step, values: None)
     rules = (config.keep_last, config.keep_best, exp.best)
     saver = checkpoint.Saver(workdir / "checkpoints", *rules) if workdir else contextlib.nullcontext()
@@ -717,7 +722,8 @@ def loop(
         def spoiled(what: str) -> NoReturn:
             if workdir:
                 try:
-                    keep_nonfinite(program, state, workdir / "nonfinite")
+                    with distributed.unhurried():
+                        keep_nonfinite(program, state, workdir / "nonfinite")
                 except OSError as error:
                     say(str(error))
             raise NonFinite(what)
@@ -806,10 +812,9 @@ def loop(
                 assess(settle())
             elif due(before, at, config.save_every) or stop:
                 save({}, settle())
-            if last:
-                written()
             if stop and not last:
                 halt()
+        written()
     return state
 
 
@@ -902,8 +907,9 @@ def announce(program: Program, at: int, instruments: Instruments, say: Callable[
         room = "" if free is None else f" of {log.quantity(free, 'B')}"
         beside = f"; an evaluation: {log.quantity(sum(evaluation.values()), 'B')}" if evaluation else ""
         say(f"memory a device: {log.quantity(need, 'B')}{room}: {parts}{beside}")
-    if free is not None and memory.get("data", 0) > free:
-        raise WontFit(exp, mesh, memory["data"], free, "data")
+    resident = program.feed.held(0) + program.eval_feed.held(0)
+    if free is not None and resident > free:
+        raise WontFit(exp, mesh, resident, free, "data")
     if free is not None and need > free:
         raise WontFit(exp, mesh, need, free)
     if free is not None and sum(evaluation.values()) > free:

@@ -360,7 +360,7 @@ def test_a_sweep_whose_time_is_up_goes_on_where_it_was(tmp_path, monkeypatch):
 
     took = []
 
-    def measure(exp, setting, roofs, joules, seconds):
+    def measure(exp, setting, roofs, seconds):
         took.append((setting.precision, setting.steps_per_call))
         time.sleep(0.5)
         return benchmark.Point(setting, 1.0, 0.0, 100.0, *[None] * 7)

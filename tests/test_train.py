@@ -221,7 +221,10 @@ def test_the_loop_sums_what_the_steps_counted():
 
 @pytest.mark.parametrize(
     ("fields", "most"),
-    [({}, 8), ({"log_every": 3}, 3), ({"eval_every": 5}, 5), ({"save_every": 2}, 2), ({"steps": 7}, 7)],
+    [
+        *[({}, 8), ({"log_every": 3}, 3), ({"eval_every": 5}, 5), ({"save_every": 2}, 2), ({"steps": 7}, 7)],
+        ({"batch_size": 16}, 4),  # of which an epoch has four
+    ],
 )
 def test_a_call_on_a_gpu_has_no_more_steps_than_a_period_has(fields, most):
     gpu: Any = types.SimpleNamespace(

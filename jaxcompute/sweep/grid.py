@@ -76,7 +76,12 @@ def flags(point: Point) -> list[str]:
 
 
 def check(workdir: Path, config: Any, points: Sequence[Point]) -> None:
-    """Raise BadInput where a point's directory holds a run of another config, which would be taken for this one's."""
+    """Raise BadInput where a point's directory holds a run of another config, which would be taken for this one's.
+
+    So it does where the work directory is itself a point's, as that tells one to go on with.
+    """
+    if workdir.name in map(name, points) and log.read_config(workdir) is not None:
+        raise BadInput(f"--workdir={workdir} is of one point of the sweep: give the sweep's own, {workdir.parent}")
     for point in points:
         saved = log.read_config(workdir / name(point))
         if saved is None:
