@@ -311,12 +311,14 @@ def peers(
         )
         rows = timing_rows(case, timings, goal)
         rows.append(Row(f"{case}: loss and gradient of all", ", ".join(others) or "alike", "", "alike", not others))
+        if lost := {timing.who for timing in timings} ^ {"ours", "linen", "torch eager", "torch.compile"}:
+            rows.append(Row(f"{case}: left out, see the log", ", ".join(sorted(lost)), "", "none", False))
         if "train" in jobs.split(","):
             rows += peak_rows(case, work, precision, timings)
         whole[case] = [timing._asdict() | {"work": case} for timing in timings]
         keep(out, rows, timings=whole)
     device, versions = side_by_side.facts()
-    with contextlib.suppress(ImportError):  # of matplotlib
+    with contextlib.suppress(Exception):  # without matplotlib, say, the table is there
         drawn = [side_by_side.Timing(**timing) for timings in whole.values() for timing in timings]
         side_by_side.picture(drawn, device, out / "side-by-side.png")
     return {"rows": [], "torch": versions}

@@ -23,6 +23,9 @@ try:
     import torch  # pyright: ignore[reportMissingImports]
 except ImportError:
     torch = None
+except Exception as error:  # its libraries clash with JAX's: ours are measured without it
+    print(f"PyTorch is left out: {type(error).__name__}: {error}")
+    torch = None
 
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 Step = Callable[..., Any]

@@ -27,7 +27,7 @@ import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 
-from jaxcompute.errors import BadInput
+from jaxcompute.errors import BadInput, line_of
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -89,7 +89,7 @@ def measure(task: Task, given: argparse.Namespace) -> dict[str, Any]:
     except Exception as error:
         if not mode:
             raise
-        print(f"torch.compile does not run here: {str(error).splitlines()[0][:100]}", file=sys.stderr, flush=True)
+        print(f"torch.compile does not run here: {line_of(error)[:300]}", file=sys.stderr, flush=True)
         mode = None
         call, newton_schulz = calls(net, mode)
         run(0, task, net, call, newton_schulz)

@@ -352,6 +352,8 @@ def test_a_comparison_that_is_ended_keeps_its_timings_and_goes_on_with_the_works
     assert rows["tiny_resnet, float32, train: over torch.compile"] == 1.5
     compared()
     assert begun == ["tiny", "tiny_resnet", "tiny_resnet"]
+    lost = [row for row in gpu.stages.kept(tmp_path)["rows"] if row["what"] == "tiny, float32: left out, see the log"]
+    assert [(row["value"], row["holds"]) for row in lost] == [("linen, torch eager", False)]
     assert (tmp_path / "side-by-side.png").read_text() == "4"
 
 
