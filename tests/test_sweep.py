@@ -204,3 +204,13 @@ def test_a_stop_reaches_the_child_once_and_the_same_command_goes_on(
     assert states() == {f"lr={lr},seed=0": "done" for lr in ("0.1", "0.3", "0.4")}
     assert len((sweep / "lr=0.1,seed=0" / "starts").read_text().splitlines()) == 1
     assert json.loads((sweep / "lr=0.3,seed=0" / "status.json").read_text())["state"] == "done"
+
+
+def test_the_folder_of_a_point_is_not_taken_for_its_sweeps(tmp_path):
+    points = grid.points(Config(), ["seed=0,1"])
+    own = tmp_path / grid.name(points[0])
+    grid.check(own, Config(), points)  # a name alone says nothing
+    own.mkdir()
+    log.write_json(own / "config.json", {"config": {}})
+    with pytest.raises(BadInput, match=rf"of one point of the sweep: give the sweep's own, {tmp_path}$"):
+        grid.check(own, Config(), points)
