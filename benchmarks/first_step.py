@@ -2,11 +2,11 @@
 
     python benchmarks/first_step.py
 
-`launch.py` as a user starts it, pinned to one core, with a compile cache of its own: the first start of each experiment
-compiles, the others find what it left. Its own lines mark the parts: the table of parameters comes when all is
-imported, the data is there and the step has been traced for its shapes; the line of the device once the step is
-compiled, or read from the cache; the line of step 1 with what that made. What the imports alone take is told by a
-process that does nothing else, and `--help` stands beside. Medians of wall time, the experiments by turns.
+`launch.py`, pinned to one core, with a compile cache of its own: the first start of each experiment compiles, the
+others find what it left. What it needs is imported first, so that this can be told apart, and its own lines mark the
+other parts: the table of parameters comes when the data is there and the step has been traced for its shapes; the line
+of the device once the step is compiled, or read from the cache; the line of step 1 with what that made. `--help` stands
+beside. Medians of wall time, the experiments by turns.
 """
 
 import argparse
@@ -27,8 +27,16 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.machine import processor  # noqa: E402
 from jaxcompute import log  # noqa: E402
 
-MARKS = {"data and trace": "layer ", "compile": r"\d+ x ", "first step": "1/"}  # how the line after a part begins
-IMPORTS = "import launch, experiments.{0}, jaxcompute.distributed, jaxcompute.sharding, jaxcompute.train"
+MARKS = {  # how the line after a part begins
+    "imports": "imported",
+    "data and trace": "layer ",
+    "compile": r"\d+ x ",
+    "first step": "1/",
+}
+START = (
+    "import launch, experiments.{0}, jaxcompute.distributed, jaxcompute.sharding, jaxcompute.train; "
+    "print('imported'); launch.launch()"
+)
 
 
 def main() -> None:
@@ -49,6 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="jaxcompute-first-step-") as folder:
         env = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "PYTHONPATH": str(ROOT)}
         cold = {name: start(name, env) for name in names}
+        compiled = sorted(os.listdir(f"{folder}/cache"))
         warm: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         helps: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(given.turns):
@@ -57,6 +66,8 @@ def main() -> None:
                 helps[name].append(help_of(name, env))
                 total = sum(warm[name][-1].values())
                 print(f"{turn + 1}/{given.turns} {name}: {total:.2f} s", file=sys.stderr, flush=True)
+        if not compiled or sorted(os.listdir(f"{folder}/cache")) != compiled:
+            raise RuntimeError("a later start compiled something again: its times are not the cache's")
     found = {
         name: {part: statistics.median(run[part] for run in warm[name]) for part in warm[name][0]} for name in names
     }
@@ -93,13 +104,11 @@ def start(name: str, env: dict[str, str]) -> dict[str, float]:
     Raises:
         RuntimeError: it ended before, or failed.
     """
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", IMPORTS.format(name)], check=True, cwd=ROOT, env=env)
-    parts = {"imports": time.perf_counter() - began}
+    parts: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as workdir:
         flags = [f"--experiment={name}", "--config.steps=1", "--config.log_every=1", f"--workdir={workdir}/run"]
-        command = [sys.executable, "-u", str(ROOT / "launch.py"), *flags]
-        began = last = time.perf_counter()
+        command = [sys.executable, "-u", "-c", START.format(name), *flags]
+        last = time.perf_counter()
         with subprocess.Popen(
             command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         ) as process:
@@ -111,9 +120,8 @@ def start(name: str, env: dict[str, str]) -> dict[str, float]:
                     now = time.perf_counter()
                     parts[part], last = now - last, now
                     part, mark = next(wanted, ("", "(?!)"))
-    if process.returncode or len(parts) <= len(MARKS):
+    if process.returncode or len(parts) < len(MARKS):
         raise RuntimeError(f"{' '.join(command)}: ended with code {process.returncode}: {''.join(said[-5:])}")
-    parts["data and trace"] -= parts["imports"]
     return parts
 
 
