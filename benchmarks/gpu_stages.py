@@ -338,6 +338,15 @@ def timing_rows(case: str, timings: Sequence[Any], goal: float | None) -> list[R
     return rows
 
 
+def layers(out: Path, tiny: bool) -> Facts:
+    """layers.py's comparison: does each layer that is written by hand give something on this chip?"""
+    from benchmarks import layers
+
+    timings = layers.compare(["float32", "bfloat16"], *((1, 0.01) if tiny else (9, 0.1)), tiny)
+    rows = [Row(f"{t.layer}, {t.precision}: of Linen's time", t.ratio) for t in timings if t.what == "both"]
+    return {"rows": rows, "timings": [timing._asdict() for timing in timings]}
+
+
 def peak_rows(case: str, work: str, precision: str, timings: Sequence[Any]) -> list[Row]:
     from benchmarks import side_by_side
     from jaxcompute.compute import benchmark
