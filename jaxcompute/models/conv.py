@@ -19,19 +19,19 @@ def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, 
     """`jax.lax.conv_general_dilated`: x [B, H, W, C] and kernel [h, w, C, D] to [B, H', W', D].
 
     On a CPU some are computed otherwise than by XLA; times are of one core of an Intel Xeon (jax 0.10.2) as parts of
-    XLA's.
+    XLA's, by `python benchmarks/layers.py`.
 
     The convolution itself, and the input's gradient, which is one, at stride 1. In float32 of 16 channels and features
-    at most, or of 7 channels to 32 features, `by_groups`: LeNet-5's C1 0.11, C3 0.66, 3x3 of 3 channels to 16 0.19, to
-    32 0.27, of 16 to 16 0.73. A window to 5x5, of fewer than 16 channels to 64 features at most (in bfloat16 to 16), of
+    at most, or of 7 channels to 32 features, `by_groups`: LeNet-5's C1 0.11, C3 0.57, 3x3 of 3 channels to 16 0.18, to
+    32 0.23, of 16 to 16 0.70. A window to 5x5, of fewer than 16 channels to 64 features at most (in bfloat16 to 16), of
     16 examples or more, `by_band` in bfloat16, and in both the gradient of an input larger than the output: C1 0.17, C3
-    1.16, of 3 to 16 0.59; C3's gradient 0.27, in bfloat16 0.66.
+    1.23, of 3 to 16 0.63; C3's gradient 0.27, in bfloat16 0.70.
 
-    The kernel's gradient. Of the same few at stride 1 `by_band`: C1 0.73, C3 1.14, 3x3 of 1 channel to 64 0.33, of 3 to
-    16 0.81, of 3 to 64 0.55; in bfloat16 C1 0.76, C3 1.49, of 3 to 16 1.48. Of 16 to 256 channels on both sides, on one
-    device, `by_rows`: 3x3 of 16 channels 0.49, of 32 0.55, of 64 0.46 to 0.80, of 128 0.53, of 256 0.93 (ResNet-20's
-    and ResNet-18's sizes); in bfloat16 0.55 to 0.84, of 256 1.08; at stride 2 of 16 0.50, of 32 0.87, of 64 0.58, of
-    128 1.04, and 1x1 0.24.
+    The kernel's gradient. Of the same few at stride 1 `by_band`: C1 0.74, C3 1.18, 3x3 of 1 channel to 64 0.40, of 3 to
+    16 0.84, of 3 to 64 0.57; in bfloat16 C1 0.84, C3 1.52, of 3 to 16 1.54. Of 16 to 256 channels on both sides, on one
+    device, `by_rows`: 3x3 of 16 channels 0.49, of 32 0.50, of 64 0.43 to 0.70, of 128 0.51, of 256 0.98 (ResNet-20's,
+    ResNet-18's and the CNN's sizes); at stride 2 of 16 0.54, of 32 0.94, of 64 0.66, of 128 1.06, and 1x1 0.23; in
+    bfloat16 0.49 to 0.85, of 256 1.12, at stride 2 0.78 to 1.18.
 
     The other gradients are XLA's, bit for bit, but written in the one form that it has a fast program for: its own
     rewriting into that form leaves out what is inside a loop or a branch, where ResNet-20's step took 30 times as long.

@@ -9,7 +9,8 @@ def max_pool(x: jax.Array) -> jax.Array:
     """The maximum of each 2x2 window: [B, H, W, C] to [B, H // 2, W // 2, C]; an odd last row or column is left out.
 
     Equal to `nn.max_pool(x, (2, 2), (2, 2))` in every bit, and in its gradient, which goes to the first maximum of a
-    window; the pair, forward and backward, of [128, 28, 28, 64] takes a CPU core a tenth of the time.
+    window. Forward and backward of [128, 28, 28, 64] together take a core of an Intel Xeon 0.05 of the time; in
+    bfloat16 0.66, and of 6 channels 1.28 (jax 0.10.2, `python benchmarks/layers.py`).
     """
     height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
     a, b, c, d = (x[:, row:height:2, column:width:2] for row in (0, 1) for column in (0, 1))
