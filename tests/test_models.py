@@ -171,9 +171,33 @@ def test_max_pool_is_linens_in_every_bit_with_ties_and_odd_sizes(shape, dtype):
     np.testing.assert_array_equal(pull(cotangent)[0], expected_pull(cotangent)[0])
 
 
-def test_max_pool_hides_no_nan():
+def test_pools_hide_no_nan():
     windows = jnp.where(jnp.eye(4, dtype=bool), jnp.nan, jnp.arange(4.0)).reshape(4, 2, 2, 1)
-    assert jnp.isnan(pooling.max_pool(windows)).all()
+    for pool in (pooling.max_pool, pooling.mean_pool):
+        for repeat in ((1, 1, 1, 1), (32, 4, 4, 32)):  # XLA's programs for few and many differ
+            after_relu = jax.jit(lambda x, pool=pool: pool(nn.relu(x)))
+            assert jnp.isnan(after_relu(jnp.tile(windows, repeat))).all()
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(8, jnp.float32), (128, jnp.float32), (128, jnp.bfloat16)])
+def test_mean_pool_is_the_mean(channels, dtype):
+    x = jax.random.normal(jax.random.key(0), (3, 7, 5, channels)).astype(dtype)
+    (y, pull), (expected, expected_pull) = jax.vjp(pooling.mean_pool, x), jax.vjp(lambda x: x.mean((1, 2)), x)
+    rtol = 1e-6 if dtype == jnp.float32 else 1e-2
+    assert y.dtype == dtype
+    np.testing.assert_allclose(*(a.astype(jnp.float32) for a in (y, expected)), rtol, rtol)
+    np.testing.assert_allclose(*(p(expected)[0].astype(jnp.float32) for p in (pull, expected_pull)), rtol, rtol)
+
+
+def test_a_mean_pool_leaves_the_convolutions_before_it_programs_of_their_own():
+    def answer(pool, x, kernels):
+        for kernel in kernels:
+            x = nn.relu(conv.conv(x, kernel, (1, 1), "SAME", dimension_numbers=conv.CHANNELS_LAST))
+        return pool(x)
+
+    x, kernels = jnp.ones((1, 4, 4, 256)), [jnp.ones((3, 3, 256, 256))] * 2
+    text = jax.jit(partial(answer, pooling.mean_pool)).lower(x, kernels).compile().as_text()
+    assert max(part.count(" convolution(") for part in text.split("\n\n")) == 1
 
 
 def with_gradients(layer, variables, x):

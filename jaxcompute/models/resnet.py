@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from .conv import conv
 from .norm import BatchNorm
+from .pooling import mean_pool
 
 Conv = partial(nn.Conv, use_bias=False, kernel_init=nn.initializers.he_normal(), conv_general_dilated=conv)
 Conv3x3 = partial(Conv, kernel_size=(3, 3), padding=1)
@@ -89,8 +90,7 @@ class ResNet(nn.Module):
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
                 x = self.block(self.width * 2**stage, stride, self.projection)(x, train)
-        x_BxC = x.mean((1, 2))
-        return nn.Dense(self.classes)(x_BxC)
+        return nn.Dense(self.classes)(mean_pool(x))
 
 
 ResNet20 = partial(ResNet, blocks=(3, 3, 3))
