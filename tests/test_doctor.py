@@ -37,6 +37,7 @@ HEALTHY = doctor.Facts(
     devices=("NVIDIA H100 80GB HBM3",),
     cuda_error=None,
     bfloat16_broken=False,
+    nan_hidden=False,
     libraries={"CUDA": (12080, 12080), "cuDNN": (90800, 90800)},
     pci_gpus=1,
     nvml_error=None,
@@ -167,6 +168,7 @@ FAULTS = {
     ),
     "jax is broken": (planted(jax_error="jaxlib is too old"), "devices", "fail", ["jaxlib is too old"]),
     "broken bfloat16": (without_gpu(bfloat16_broken=True), "bfloat16", "warn", ["NaN", "XLA_FLAGS=--xla_cpu"]),
+    "hidden NaN": (without_gpu(nan_hidden=True), "NaN", "warn", ["hide", "-reduce"]),
     "TensorFlow installed": (planted(tensorflow="2.19"), "TensorFlow", "warn", ["2.19", "pip uninstall"]),
     "TensorFlow loaded": (
         planted(tensorflow="2.19", tensorflow_loaded=True),
@@ -317,6 +319,13 @@ def test_a_cache_that_is_a_url_is_not_made_as_a_folder(tmp_path, monkeypatch):
 def test_rows_that_need_a_gpu_say_so_where_there_is_none():
     silent = {"CUDA plugin", "driver", "CUDA libraries", "GPU memory", "clocks"}
     assert {name for name, check in judged(without_gpu()).items() if check.seen == doctor.NO_GPU} == silent
+
+
+def test_a_nan_is_seen_where_nothing_is_made_one_program():
+    with jax.disable_jit():
+        assert not doctor._hides_nan(jax)
+    hiding = types.SimpleNamespace(jit=lambda f: lambda x: f(jax.numpy.ones_like(x)), nn=jax.nn, numpy=jax.numpy)
+    assert doctor._hides_nan(hiding)
 
 
 def test_gathering_sees_faults_that_are_really_there(tmp_path, monkeypatch):
