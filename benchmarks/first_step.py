@@ -3,10 +3,10 @@
     python benchmarks/first_step.py
 
 `launch.py`, pinned to one core, with a compile cache of its own: the first start of each experiment compiles, the
-others find what it left. What it needs is imported first, so that this can be told apart, and its own lines mark the
-other parts: the table of parameters comes when the data is there and the step has been traced for its shapes; the line
-of the device once the step is compiled, or read from the cache; the line of step 1 with what that made. `--help` stands
-beside. Medians of wall time, the experiments by turns.
+others find what it left. Most of its modules are imported first, so that their time can be told apart, and then its own
+`launch()` is called, whose lines mark the other parts: the table of parameters comes when the data is there and the
+step has been traced for its shapes; the line of the device once the step is compiled, or read from the cache; the line
+of step 1 with what that made. `--help` stands beside. Medians of wall time, the experiments by turns.
 """
 
 import argparse
@@ -57,17 +57,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="jaxcompute-first-step-") as folder:
         env = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "PYTHONPATH": str(ROOT)}
         cold = {name: start(name, env) for name in names}
-        compiled = sorted(os.listdir(f"{folder}/cache"))
+        cached = Path(f"{folder}/cache")
+        compiled = sorted(cached.glob("*"))
+        if not compiled:
+            raise RuntimeError("the first starts left nothing in the compile cache")
         warm: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         helps: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(given.turns):
             for name in names:
                 warm[name].append(start(name, env))
+                if sorted(cached.glob("*")) != compiled:
+                    raise RuntimeError(f"{name} compiled something again: its times are not the cache's")
                 helps[name].append(help_of(name, env))
                 total = sum(warm[name][-1].values())
                 print(f"{turn + 1}/{given.turns} {name}: {total:.2f} s", file=sys.stderr, flush=True)
-        if not compiled or sorted(os.listdir(f"{folder}/cache")) != compiled:
-            raise RuntimeError("a later start compiled something again: its times are not the cache's")
     found = {
         name: {part: statistics.median(run[part] for run in warm[name]) for part in warm[name][0]} for name in names
     }

@@ -65,7 +65,7 @@ STAGES = {
     "training20": Stage(partial(stages.training, depth=20), 90, "real"),
     "peers_resnet18_f32": Stage(partial(stages.peers, works="resnet18_b256", precisions="float32,tf32"), 150),
     "peers_small": Stage(partial(stages.peers, works="mlp,lenet,cnn,resnet20"), 200),
-    "layers": Stage(stages.layers, 60),
+    "layers": Stage(stages.layers, 120),
     "loops": Stage(stages.loops, 90, "any"),
     "profile": Stage(stages.profiled, 45, "any"),
     "doctor": Stage(stages.doctor, 25),

@@ -169,6 +169,12 @@ FAULTS = {
     "jax is broken": (planted(jax_error="jaxlib is too old"), "devices", "fail", ["jaxlib is too old"]),
     "broken bfloat16": (without_gpu(bfloat16_broken=True), "bfloat16", "warn", ["NaN", "XLA_FLAGS=--xla_cpu"]),
     "hidden NaN": (without_gpu(nan_hidden=True), "NaN", "warn", ["hide", "-reduce"]),
+    "hidden NaN, broken bfloat16": (
+        without_gpu(nan_hidden=True, bfloat16_broken=True),
+        "NaN",
+        "warn",
+        ["fusion_type=  (steps"],
+    ),
     "TensorFlow installed": (planted(tensorflow="2.19"), "TensorFlow", "warn", ["2.19", "pip uninstall"]),
     "TensorFlow loaded": (
         planted(tensorflow="2.19", tensorflow_loaded=True),
@@ -321,11 +327,13 @@ def test_rows_that_need_a_gpu_say_so_where_there_is_none():
     assert {name for name, check in judged(without_gpu()).items() if check.seen == doctor.NO_GPU} == silent
 
 
-def test_a_nan_is_seen_where_nothing_is_made_one_program():
-    with jax.disable_jit():
-        assert not doctor._hides_nan(jax)
-    hiding = types.SimpleNamespace(jit=lambda f: lambda x: f(jax.numpy.ones_like(x)), nn=jax.nn, numpy=jax.numpy)
-    assert doctor._hides_nan(hiding)
+def test_a_hidden_nan_is_seen_and_the_mend_mends():
+    with jax.debug_nans(True):
+        assert doctor._hides_nan(jax) or jax.__version__ != "0.10.2"
+    flag = doctor.check_nan(without_gpu(nan_hidden=True)).mend.split()[0].removeprefix("XLA_FLAGS=")
+    program = "import jax; from jaxcompute.compute import doctor; assert not doctor._hides_nan(jax)"
+    env = os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=env)
 
 
 def test_gathering_sees_faults_that_are_really_there(tmp_path, monkeypatch):

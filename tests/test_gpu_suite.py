@@ -357,6 +357,22 @@ def test_a_comparison_that_is_ended_keeps_its_timings_and_goes_on_with_the_works
     assert (tmp_path / "side-by-side.png").read_text() == "4"
 
 
+def test_layers_that_differ_are_told_beside_the_figures_of_the_others(tmp_path, monkeypatch):
+    from benchmarks import layers
+
+    def compare(precisions, rounds, seconds, tiny, differs):
+        for name in "ab":
+            yield layers.Timing(name, "both", "float32", 1.0, 2.0, 0.5, 0.5, 0.5)
+            differs(f"{name} differs")
+            assert len(gpu.stages.kept(tmp_path)["facts"]["timings"]) == "ab".index(name) + 1  # whatever comes next
+
+    monkeypatch.setattr(layers, "compare", compare)
+    (row,) = gpu.stages.layers(tmp_path, tiny=True)["rows"]
+    assert (row.value, row.holds) == ("a differs, b differs", False)
+    rows = {row["what"]: row["value"] for row in gpu.stages.kept(tmp_path)["rows"]}
+    assert rows == {f"{name}, both, float32: of the other's time": 0.5 for name in "ab"}
+
+
 def test_a_sweep_whose_time_is_up_goes_on_where_it_was(tmp_path, monkeypatch):
     from jaxcompute.compute import benchmark
 

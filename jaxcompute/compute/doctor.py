@@ -72,7 +72,7 @@ class Facts:
     devices: tuple[str, ...]  # kinds
     cuda_error: str | None  # why there is no CUDA backend
     bfloat16_broken: bool  # by this jaxlib on this CPU
-    nan_hidden: bool  # by what XLA makes of a ReLU and a sum
+    nan_hidden: bool | None  # by what XLA makes of a ReLU and a sum
     libraries: Mapping[str, tuple[int, int]]  # CUDA library -> (version in use, version the plugin was built with)
     # the driver
     pci_gpus: int  # NVIDIA display controllers on the PCI bus, or device files of the driver
@@ -229,12 +229,13 @@ def check_bfloat16(facts: Facts) -> Check:
 
 
 def check_nan(facts: Facts) -> Check:
-    """Training is told by a gradient: of a NaN input the kernel's is NaN, whatever a ReLU made of the output."""
+    """In training one shows in the gradient of each kernel whose input it reached; in an evaluation there is none."""
     if facts.nan_hidden:
-        seen = "jit of a ReLU and a sum makes 0 of it: a model's answers may hide one; training sees it in the gradient"
-        mend = "XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce  (a step takes up to 1.6 times as long)"
+        seen = "a ReLU and a sum, jitted, turn it into 0: an evaluation may hide one"
+        types = "" if facts.bfloat16_broken else "-reduce"  # one flag mends both
+        mend = f"XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type={types}  (steps take longer)"
         return Check("NaN", "warn", seen, mend)
-    return Check("NaN", "pass", "kept by a ReLU and a sum")
+    return Check("NaN", "pass", "not tried" if facts.nan_hidden is None else "kept by a ReLU and a sum")
 
 
 def check_tensorflow(facts: Facts) -> Check:
@@ -466,7 +467,7 @@ UNMEASURED: tuple[Callable[[Facts], Check], ...] = (check_measured, check_clocks
 
 
 def gather(cache: str, workdir: Path, data_dir: Path) -> Facts:
-    """Look at the machine. Changes nothing but a file in the compile cache; what it writes to measure it takes away.
+    """Look at the machine. Changes nothing but files in the compile cache; what it writes to measure it takes away.
 
     Args:
         cache: of compiled programs; a folder, or a URL, which is only shown.
@@ -511,7 +512,7 @@ def gather(cache: str, workdir: Path, data_dir: Path) -> Facts:
 def _jax(cached: bool) -> dict[str, Any]:
     """What jax says of itself; it may not even be importable."""
     facts: dict[str, Any] = dict.fromkeys(("jax_error", "platform", "cuda_error"))
-    facts |= {"devices": (), "bfloat16_broken": False, "nan_hidden": False, "cache_hit": False}
+    facts |= {"devices": (), "bfloat16_broken": False, "nan_hidden": None, "cache_hit": False}
     facts["libraries"] = _libraries()
     try:
         import jax
@@ -521,7 +522,7 @@ def _jax(cached: bool) -> dict[str, Any]:
         devices = jax.devices()
         facts |= {"platform": devices[0].platform, "devices": tuple(device.device_kind for device in devices)}
         facts["bfloat16_broken"] = train.broken_bfloat16(devices[0].platform)
-        facts["nan_hidden"] = _hides_nan(jax)
+        facts["nan_hidden"] = _hides_nan(jax) if devices[0].platform == "cpu" else None
         facts["cache_hit"] = cached and _cache_hit(jax)
     except Exception as error:
         return facts | {"jax_error": line_of(error)}
@@ -534,8 +535,10 @@ def _jax(cached: bool) -> dict[str, Any]:
 
 
 def _hides_nan(jax: Any) -> bool:
-    x = jax.numpy.full((4, 8, 8, 64), jax.numpy.nan)
-    return not jax.numpy.isnan(jax.jit(lambda x: jax.nn.relu(x).sum((1, 2)))(x)).all()
+    """Whether a program gives a number for a NaN, whatever jax's settings are."""
+    with jax.debug_nans(False), jax.disable_jit(False):
+        y = jax.jit(lambda x: jax.nn.relu(x).sum((1, 2)))(jax.numpy.full((4, 8, 8, 64), jax.numpy.nan))
+        return not jax.numpy.isnan(y).all()
 
 
 def _cache_hit(jax: Any) -> bool:

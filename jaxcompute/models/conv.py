@@ -29,8 +29,8 @@ def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, 
 
     The kernel's gradient. Of the same few at stride 1 `by_band`: C1 0.74, C3 1.18, 3x3 of 1 channel to 64 0.40, of 3 to
     16 0.84, of 3 to 64 0.57; in bfloat16 C1 0.84, C3 1.52, of 3 to 16 1.54. Of 16 to 256 channels on both sides, on one
-    device, `by_rows`: 3x3 of 16 channels 0.49, of 32 0.50, of 64 0.43 to 0.70, of 128 0.51, of 256 0.98 (ResNet-20's,
-    ResNet-18's and the CNN's sizes); at stride 2 of 16 0.54, of 32 0.94, of 64 0.66, of 128 1.06, and 1x1 0.23; in
+    device, `by_rows`: 3x3 of 16 channels 0.49, of 32 0.50, of 64 0.43 to 0.70, of 128 0.51, of 256 0.98 (sizes of
+    ResNet-20, ResNet-18 and the CNN); at stride 2 of 16 0.54, of 32 0.94, of 64 0.66, of 128 1.06, and 1x1 0.23; in
     bfloat16 0.49 to 0.85, of 256 1.12, at stride 2 0.78 to 1.18.
 
     The other gradients are XLA's, bit for bit, but written in the one form that it has a fast program for: its own

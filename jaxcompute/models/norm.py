@@ -14,9 +14,9 @@ class BatchNorm(nn.Module):
 
     What autodiff keeps for the gradient, several arrays of the input's size and twice as wide under bfloat16, is here
     the input alone, and the two sums over the batch are read in one pass. Outputs are Linen's; gradients are Linen's
-    but for rounding. Forward and backward take a core of an Intel Xeon 0.8 of the time (`python benchmarks/layers.py`).
-    As any `custom_vjp` it takes no forward-mode derivative: `jax.jvp` and `jax.jacfwd` raise TypeError, and `jax.grad`
-    of a `jax.grad` works. Inside `shard_map` and over explicit meshes autodiff does it all.
+    but for rounding. Forward and backward take a core of an Intel Xeon 0.8 of Linen's time (`python
+    benchmarks/layers.py`). As any `custom_vjp` it takes no forward-mode derivative: `jax.jvp` and `jax.jacfwd` raise
+    TypeError, and `jax.grad` of a `jax.grad` works. Inside `shard_map` and over explicit meshes autodiff does it all.
     """
 
     use_running_average: bool

@@ -10,7 +10,7 @@ def max_pool(x: jax.Array) -> jax.Array:
 
     Equal to `nn.max_pool(x, (2, 2), (2, 2))` in every bit, and in its gradient, which goes to the first maximum of a
     window; but XLA's program for that on a CPU (jaxlib 0.10.2) hides a NaN. Forward and backward of [128, 28, 28, 64]
-    together take a core of an Intel Xeon 0.05 of the time; in bfloat16 0.66, and of 6 channels 1.28 (`python
+    together take a core of an Intel Xeon 0.05 of the time, of 6 channels 0.31; in bfloat16 0.66 and 1.28 (`python
     benchmarks/layers.py`).
     """
     height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
@@ -27,14 +27,15 @@ def max_pool(x: jax.Array) -> jax.Array:
 def mean_pool(x: jax.Array) -> jax.Array:
     """The mean over height and width: [B, H, W, C] to [B, C].
 
-    On a CPU as a product. With a sum XLA (jaxlib 0.10.2) makes one program of what comes before it, in which a ReLU
-    hides a NaN and wide convolutions are slow: ResNet-18 answers one image in 0.45 of Linen's time on a core of an
-    Intel Xeon, and 256 in 0.95 (`python benchmarks/side_by_side.py`).
+    On a CPU it is computed as a product with ones. With a sum XLA (jaxlib 0.10.2) makes one program of what comes
+    before it, in which a ReLU hides a NaN and wide convolutions are slow. With the product ResNet-18 answers one image
+    in 0.45 of Linen's time on a core of an Intel Xeon, 32 in 1.00 and 256 in 0.94 (`python
+    benchmarks/side_by_side.py`).
     """
 
     def product(x: jax.Array) -> jax.Array:
         ones = jnp.ones(x.shape[1:3], x.dtype)
-        return jnp.einsum("bhwc,hw->bc", x, ones) / ones.size
+        return jnp.tensordot(x, ones, ((1, 2), (0, 1))) / ones.size
 
     def mean(x: jax.Array) -> jax.Array:
         return x.mean((1, 2))
