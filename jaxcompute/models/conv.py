@@ -22,16 +22,16 @@ def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, 
     XLA's, by `python benchmarks/layers.py`.
 
     The convolution itself, and the input's gradient, which is one, at stride 1. In float32 of 16 channels and features
-    at most, or of 7 channels to 32 features, `by_groups`: LeNet-5's C1 0.11, C3 0.57, 3x3 of 3 channels to 16 0.18, to
-    32 0.23, of 16 to 16 0.70. A window to 5x5, of fewer than 16 channels to 64 features at most (in bfloat16 to 16), of
+    at most, or of 7 channels to 32 features, `by_groups`: LeNet-5's C1 0.11, C3 0.55, 3x3 of 3 channels to 16 0.18, to
+    32 0.23, of 16 to 16 0.66. A window to 5x5, of fewer than 16 channels to 64 features at most (in bfloat16 to 16), of
     16 examples or more, `by_band` in bfloat16, and in both the gradient of an input larger than the output: C1 0.17, C3
-    1.23, of 3 to 16 0.63; C3's gradient 0.27, in bfloat16 0.70.
+    1.19, of 3 to 16 0.61; C3's gradient 0.26, in bfloat16 0.67.
 
-    The kernel's gradient. Of the same few at stride 1 `by_band`: C1 0.74, C3 1.18, 3x3 of 1 channel to 64 0.40, of 3 to
-    16 0.84, of 3 to 64 0.57; in bfloat16 C1 0.84, C3 1.52, of 3 to 16 1.54. Of 16 to 256 channels on both sides, on one
-    device, `by_rows`: 3x3 of 16 channels 0.49, of 32 0.50, of 64 0.43 to 0.70, of 128 0.51, of 256 0.98 (sizes of
-    ResNet-20, ResNet-18 and the CNN); at stride 2 of 16 0.54, of 32 0.94, of 64 0.66, of 128 1.06, and 1x1 0.23; in
-    bfloat16 0.49 to 0.85, of 256 1.12, at stride 2 0.78 to 1.18.
+    The kernel's gradient. Of the same few at stride 1 `by_band`: C1 0.77, C3 1.19, 3x3 of 1 channel to 64 0.49, of 3 to
+    16 0.87, of 3 to 64 0.58; in bfloat16 C1 0.86, C3 1.59, of 3 to 16 1.60. Of 16 to 256 channels on both sides, on one
+    device, `by_rows`: 3x3 of 16 channels 0.49, of 32 0.51, of 64 0.43 to 0.83 and 1.15 where images are 7x7, of 128
+    0.54, of 256 0.97 (sizes of ResNet-20, ResNet-18 and the CNN); at stride 2 of 16 0.53, of 32 0.94, of 64 0.70, of
+    128 1.08, and 1x1 0.23 and 0.27; in bfloat16 0.50 to 0.82, of 7x7 1.18, of 256 1.11, at stride 2 0.25 to 1.19.
 
     The other gradients are XLA's, bit for bit, but written in the one form that it has a fast program for: its own
     rewriting into that form leaves out what is inside a loop or a branch, where ResNet-20's step took 30 times as long.

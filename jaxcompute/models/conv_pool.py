@@ -25,7 +25,7 @@ class ConvPool(nn.Module):
     On a CPU, on one device, in float32 or wider, of 16 examples or more, an odd window, even H' and W' and an
     activation that is one of `ELEMENTWISE`, what is differentiated is computed with the batch last, where all that is
     copied or compared lies side by side, and the four pixels that a pool chooses from come of one matrix product. A
-    core of an Intel Xeon takes 0.19 of the time of Linen's for LeNet-5's C1, forward and backward, and 0.37 for C3 (jax
+    core of an Intel Xeon takes 0.19 of the time of Linen's for LeNet-5's C1, forward and backward, and 0.36 for C3 (jax
     0.10.2, `python benchmarks/layers.py`). There a value that is not finite spreads to neighbours that XLA's keeps
     clear of it. As any `custom_vjp` it takes no forward-mode derivative.
     """

@@ -10,7 +10,7 @@ def max_pool(x: jax.Array) -> jax.Array:
 
     Equal to `nn.max_pool(x, (2, 2), (2, 2))` in every bit, and in its gradient, which goes to the first maximum of a
     window; but XLA's program for that on a CPU (jaxlib 0.10.2) hides a NaN. Forward and backward of [128, 28, 28, 64]
-    together take a core of an Intel Xeon 0.05 of the time, of 6 channels 0.31; in bfloat16 0.66 and 1.28 (`python
+    together take a core of an Intel Xeon 0.06 of the time, of 6 channels 0.31; in bfloat16 1.06 and 1.32 (`python
     benchmarks/layers.py`).
     """
     height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
