@@ -473,6 +473,25 @@ def test_conv_inside_shard_map_and_over_explicit_meshes_is_laxs(channels):
         np.testing.assert_array_equal(jax.jit(convolve)(jax.device_put(x, P("d")), kernel), want)
 
 
+def test_mean_pool_inside_shard_map_and_over_explicit_meshes_is_the_mean():
+    x = jax.random.normal(jax.random.key(0), (4, 6, 5, 3))
+
+    def both(x):
+        y, pull = jax.vjp(pooling.mean_pool, x)
+        return y, pull(y)[0]
+
+    def equal(found, want):
+        for a, b in zip(found, want, strict=True):
+            np.testing.assert_allclose(a, b, 1e-6, 1e-6)
+
+    want = both(x)
+    np.testing.assert_allclose(want[0], x.mean((1, 2)), 1e-6, 1e-6)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+    equal(jax.jit(jax.shard_map(both, mesh=mesh, in_specs=P("d"), out_specs=P("d")))(x), want)
+    with jax.set_mesh(jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))):
+        equal(jax.jit(both)(jax.device_put(x, P("d"))), want)
+
+
 @pytest.mark.parametrize("model", [cnn.CNN((16, 16), (8,), classes=3), resnet.ResNet((1,), width=16, classes=3)])
 def test_a_step_by_rows_is_the_plain_one_with_as_many_flops(model, monkeypatch):
     image = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
