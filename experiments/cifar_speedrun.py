@@ -3,8 +3,8 @@
     python launch.py --experiment=cifar_speedrun --sweep=seed=0,1,2 --config.save_every=25 --config.log_every=25
 
 94.22 % of the 10,000 test images (3 runs, seeds 0 to 2: 94.02, 94.23, 94.41; 95 % interval of the mean +-0.48),
-float32; 40 min a run on two cores of an Intel Xeon (jax 0.10.2), 2026-11-26; 0.33 PFLOP. Three runs of an earlier
-rounding gave 94.00, 94.12 and 93.91.
+float32; 40 min a run on two cores of an Intel Xeon (jax 0.10.2), 2026-11-26; 0.33 PFLOP. Three runs of earlier
+code gave 94.00, 94.12 and 93.91.
 
 The recipe is airbench94_muon's (Jordan 2024, arXiv:2404.00498, and github.com/KellerJordan/cifar10-airbench), which
 takes eight: a frozen whitening layer, kernels that start as the identity and stay on a sphere, Muon for them, SGD for
