@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import processor  # noqa: E402
-from benchmarks.side_by_side import arithmetic, clock, pin  # noqa: E402
+from benchmarks.side_by_side import arithmetic, clock, facts, pin, quartiles  # noqa: E402
 
 SIZES = {  # of a convolution: x, kernel, stride, padding
     "LeNet-5 C1": ((128, 28, 28, 1), (5, 5, 1, 6), 1, "SAME"),
@@ -88,17 +87,13 @@ def main() -> None:
     if given.rounds < 1:
         parser.error(f"--rounds={given.rounds}: give 1 or more")
     pin()
-    import jax
-
     from jaxcompute import log
 
     timings = [*compare(given.precisions.split(","), given.rounds, given.seconds, given.tiny)]
     print(table(timings))
-    device = jax.devices()[0]
-    named = f"one core of {processor()}" if device.platform == "cpu" else device.device_kind
     given.out.parent.mkdir(parents=True, exist_ok=True)
     told = [timing._asdict() for timing in timings]
-    log.write_json(given.out, log.describe({}, device=named, rounds=given.rounds, timings=told))
+    log.write_json(given.out, log.describe({}, device=facts()[0], rounds=given.rounds, timings=told))
 
 
 def compare(
@@ -144,27 +139,21 @@ def convolution(layer: str, x_shape: Any, k_shape: Any, stride: int, padding: st
     x, k = (random(i, shape, precision) for i, shape in enumerate((x_shape, k_shape)))
     plain = partial(conv._plain, strides, pads)
     dy = random(2, jax.eval_shape(plain, x, k).shape, precision)
-    three = (
-        Case(layer, "forward", partial(conv.forward, strides, pads), plain, (x, k)),
-        Case(
-            layer,
-            "input's gradient",
-            partial(conv.input_gradient, strides, pads, x_shape),
-            lambda k, dy: jax.linear_transpose(lambda x: plain(x, k), x)(dy)[0],
-            (k, dy),
-        ),
-        Case(
-            layer,
-            "kernel's gradient",
-            partial(conv.kernel_gradient, strides, pads, k_shape),
-            lambda x, dy: jax.linear_transpose(lambda k: plain(x, k), k)(dy)[0],
-            (x, dy),
-        ),
-    )
-    for case in three:
-        ours, theirs = (str(jax.make_jaxpr(f)(*case.arguments)) for f in (case.ours, case.theirs))
-        if ours != theirs:
-            yield case
+
+    def of_input(k: jax.Array, dy: jax.Array) -> jax.Array:
+        return jax.linear_transpose(lambda x: plain(x, k), x)(dy)[0]
+
+    def of_kernel(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return jax.linear_transpose(lambda k: plain(x, k), k)(dy)[0]
+
+    three = {
+        "forward": (partial(conv.forward, strides, pads), plain, (x, k)),
+        "input's gradient": (partial(conv.input_gradient, strides, pads, x_shape), of_input, (k, dy)),
+        "kernel's gradient": (partial(conv.kernel_gradient, strides, pads, k_shape), of_kernel, (x, dy)),
+    }
+    for what, (ours, theirs, arguments) in three.items():
+        if str(jax.make_jaxpr(ours)(*arguments)) != str(jax.make_jaxpr(theirs)(*arguments)):
+            yield Case(layer, what, ours, theirs, arguments)
 
 
 def whole_layers(precision: str, tiny: bool) -> Iterator[Case]:
@@ -250,8 +239,7 @@ def timed(case: Case, precision: str, rounds: int, seconds: float) -> Timing:
 
     counts = some(ours), some(theirs)
     times = [(run(ours, counts[0]), run(theirs, counts[1])) for _ in range(rounds)]
-    ratios = [a / b for a, b in times]
-    low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+    low, middle, high = quartiles([a / b for a, b in times])
     own, other = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
     return Timing(case.layer, case.what, precision, own, other, middle, low, high)
 

@@ -167,7 +167,7 @@ def measure(name: str, options: argparse.Namespace) -> Loop:
 
     turns = [(bare(), of_fit(exp, mesh, clock), batch()) for _ in range(options.turns + 1)][1:]
     shares = [a / b for a, b, _ in turns]
-    low, share, high = statistics.quantiles(shares, n=4) if len(shares) > 1 else shares * 3
+    low, share, high = side_by_side.quartiles(shares)
     bare_s, loop_s, batch_s = (statistics.median(column) for column in zip(*turns, strict=True))
     cost = statistics.median(loop_s - bare_s for bare_s, loop_s, _ in turns)
     measured = (1e3 * bare_s, 1e3 * loop_s, share, low, high, 1e6 * cost, 1e3 * batch_s, batch_s / bare_s)

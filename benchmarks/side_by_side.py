@@ -596,10 +596,15 @@ def take_turns(
     found = []
     for who, own in times.items():
         ratios = [a / b for a, b in zip(own, times["ours"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+        low, middle, high = quartiles(ratios)
         first = None if loops else kept[who][1]
         found.append(Timing(name, job, who, *checked[who], first, 1e3 * statistics.median(own), middle, low, high))
     return found
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """The three; of one value itself."""
+    return statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
 
 
 # -- showing -----------------------------------------------------------------------------------------------------------

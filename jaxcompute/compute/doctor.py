@@ -31,6 +31,7 @@ from jaxcompute.log import quantity
 Verdict = Literal["pass", "warn", "fail"]
 MARKS = {"pass": "\x1b[32mpass\x1b[0m", "warn": "\x1b[33mwarn\x1b[0m", "fail": "\x1b[31mfail\x1b[0m"}
 NO_GPU = "no NVIDIA GPU in this machine: nothing to check"
+FUSIONS = "XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type="  # which, of what XLA:CPU gives its library
 INSTALL = "pip install -e '.[cuda12]'  (or cuda13; not both)"
 # oldest driver that runs a CUDA major version (CUDA Toolkit release notes, table 2)
 OLDEST_DRIVER = {12: "525.60.13", 13: "580.65.06"}
@@ -224,7 +225,7 @@ def check_gpu(facts: Facts) -> Check:
 def check_bfloat16(facts: Facts) -> Check:
     if facts.bfloat16_broken:
         seen = f"broken on the CPU in jaxlib {facts.packages.get('jaxlib')}: residual blocks give NaN or garbage"
-        return Check("bfloat16", "warn", seen, "XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=  (or float32)")
+        return Check("bfloat16", "warn", seen, f"{FUSIONS}  (or float32)")
     return Check("bfloat16", "pass", "sound")
 
 
@@ -233,8 +234,7 @@ def check_nan(facts: Facts) -> Check:
     if facts.nan_hidden:
         seen = "a ReLU and a sum, jitted, turn it into 0: an evaluation may hide one"
         types = "" if facts.bfloat16_broken else "-reduce"  # one flag mends both
-        mend = f"XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type={types}  (steps take longer)"
-        return Check("NaN", "warn", seen, mend)
+        return Check("NaN", "warn", seen, f"{FUSIONS}{types}  (steps take longer)")
     return Check("NaN", "pass", "not tried" if facts.nan_hidden is None else "kept by a ReLU and a sum")
 
 
