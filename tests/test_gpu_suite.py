@@ -159,7 +159,9 @@ def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path,
 
 
 def test_a_suite_that_is_killed_takes_its_stage_along():
-    child = "import os; from benchmarks import gpu; print(os.getpid(), flush=True); gpu.end_with(os.getppid())"
+    # asked for its parent before the pid is told, as that may be killed at once
+    child = "import os; from benchmarks import gpu; suite = os.getppid(); print(os.getpid(), flush=True); "
+    child += "gpu.end_with(suite)"
     shell = ["/bin/sh", "-c", f'setsid "{sys.executable}" -c "{child}" & wait']
     with subprocess.Popen(shell, cwd=ROOT, stdout=subprocess.PIPE, text=True) as suite:
         assert suite.stdout
